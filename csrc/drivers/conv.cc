@@ -1,0 +1,227 @@
+#include "drivers/conv.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/scratch.h"
+
+namespace afpq {
+namespace {
+
+constexpr size_t kTaskElements = size_t{1} << 15;
+
+// How taps find their rows.
+enum class Taps {
+  kDirect,   // 1x1, stride 1, no padding: pixel r is row r
+  kOffsets,  // taps are read in place
+  kPatches,  // taps of a pixel are copied into one row
+};
+
+Taps taps_of(const ConvShape& shape) {
+  if (shape.group_in() % kTileK != 0) return Taps::kPatches;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (shape.kernel[axis] != 1 || shape.strides[axis] != 1 || shape.in[axis] != shape.out[axis] || shape.pads[axis]) {
+      return Taps::kOffsets;
+    }
+  }
+  return Taps::kDirect;
+}
+
+// Index of the input pixel under (tap, output pixel) or -1 in the padding: pixels[num_out][num_taps] times `scale`.
+void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
+  const auto position = [&](int axis, size_t out, size_t tap) -> ptrdiff_t {
+    const ptrdiff_t at = static_cast<ptrdiff_t>(out * shape.strides[axis] + tap * shape.dilations[axis]) -
+                         static_cast<ptrdiff_t>(shape.pads[axis]);
+    return at < 0 || at >= static_cast<ptrdiff_t>(shape.in[axis]) ? -1 : at;
+  };
+  for (size_t z = 0; z < shape.out[0]; ++z) {
+    for (size_t y = 0; y < shape.out[1]; ++y) {
+      for (size_t x = 0; x < shape.out[2]; ++x) {
+        for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+          const ptrdiff_t iz = position(0, z, kz);
+          for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
+            const ptrdiff_t iy = position(1, y, ky);
+            for (size_t kx = 0; kx < shape.kernel[2]; ++kx) {
+              const ptrdiff_t ix = position(2, x, kx);
+              const ptrdiff_t pixel = (iz * static_cast<ptrdiff_t>(shape.in[1]) + iy) *
+                                          static_cast<ptrdiff_t>(shape.in[2]) + ix;
+              *offsets++ = iz < 0 || iy < 0 || ix < 0 ? -1 : static_cast<int32_t>(pixel * scale);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Copies the taps of each output pixel into one row: rows[num_out][padded]. T is uint8_t or float.
+template <typename T>
+void gather_patches(const ConvShape& shape, const T* pixels, const int32_t* offsets, T padding, size_t padded,
+                    const Parallel& parallel, T* rows) {
+  const size_t taps = shape.num_taps(), channels = shape.channels_in;
+  const size_t step = std::max<size_t>(1, kTaskElements / padded);
+  parallel_for(parallel, ceil_div(shape.num_out(), step), [&](size_t task) {
+    for (size_t r = task * step; r < std::min(shape.num_out(), (task + 1) * step); ++r) {
+      T* row = rows + r * padded;
+      for (size_t tap = 0; tap < taps; ++tap, row += channels) {
+        const int32_t offset = offsets[r * taps + tap];
+        if (offset < 0) {
+          std::fill(row, row + channels, padding);
+        } else {
+          std::copy(pixels + offset, pixels + offset + channels, row);
+        }
+      }
+      std::fill(row, rows + (r + 1) * padded, T{0});
+    }
+  });
+}
+
+RowQuantizer quantize_sample(const Conv& op, const ConvShape& shape, const float* src, int planes,
+                             uint8_t* const* bytes, const Parallel& parallel) {
+  const size_t count = shape.num_in(), channels = shape.channels_in;
+  const size_t total = count * channels, parts = ceil_div(total, kTaskElements);
+  std::vector<float> lows(parts), highs(parts);
+  std::vector<int> finite(parts);
+  parallel_for(parallel, parts, [&](size_t part) {
+    const size_t begin = part * kTaskElements;
+    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part], &highs[part],
+                          &finite[part]);
+  });
+  const RowQuantizer quantizer = quantizer_for_range(
+      *std::min_element(lows.begin(), lows.end()), *std::max_element(highs.begin(), highs.end()),
+      *std::min_element(finite.begin(), finite.end()) == 1, planes);
+  const size_t step = std::max<size_t>(16, kTaskElements / channels / 16 * 16);
+  parallel_for(parallel, ceil_div(count, step), [&](size_t task) {
+    AfpqQuantize quantize = quantizer.quantize;
+    const size_t begin = task * step;
+    for (int p = 0; p < planes; ++p) quantize.planes[p] = bytes[p] + begin * channels;
+    op.kernels->quantize_transpose_u8_f32(src + begin, count, channels, std::min(step, count - begin), &quantize);
+  });
+  return quantizer;
+}
+
+// The buffers of one sample and the job that reads them.
+struct Sample {
+  uint8_t* bytes[2] = {nullptr, nullptr};    // [num_in][channels]
+  uint8_t* patches[2] = {nullptr, nullptr};  // [num_out][padded]
+  uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group]
+  float* floats = nullptr;
+  float* float_patches = nullptr;
+  float* float_padding = nullptr;
+  int32_t* offsets = nullptr;
+  float* row_scales = nullptr;  // [num_out]
+  int32_t* zero_points = nullptr;
+};
+
+Sample allocate_sample(const ConvShape& shape, Taps taps, int planes, size_t padded) {
+  const size_t pixels = shape.num_in() * shape.channels_in, group_in = shape.group_in();
+  const size_t patches = taps == Taps::kPatches ? shape.num_out() * padded : 0;
+  const size_t offsets = taps == Taps::kDirect ? 0 : shape.num_out() * shape.num_taps();
+  using S = Scratch;
+  Scratch& scratch = layer_scratch();
+  const size_t element = planes ? planes * sizeof(uint8_t) : sizeof(float);
+  scratch.reset(element * (pixels + patches + group_in) + 6 * S::room<uint8_t>(1) + S::room<int32_t>(offsets) +
+                S::room<float>(shape.num_out()) + S::room<int32_t>(shape.num_out()));
+  Sample sample;
+  for (int p = 0; p < planes; ++p) {
+    sample.bytes[p] = scratch.take<uint8_t>(pixels);
+    sample.patches[p] = scratch.take<uint8_t>(patches);
+    sample.padding[p] = scratch.take<uint8_t>(group_in);
+  }
+  if (!planes) {
+    sample.floats = scratch.take<float>(pixels);
+    sample.float_patches = scratch.take<float>(patches);
+    sample.float_padding = scratch.take<float>(group_in);
+    std::fill(sample.float_padding, sample.float_padding + group_in, 0.0f);
+  }
+  sample.offsets = scratch.take<int32_t>(offsets);
+  sample.row_scales = scratch.take<float>(shape.num_out());
+  sample.zero_points = scratch.take<int32_t>(shape.num_out());
+  return sample;
+}
+
+void fill_rows(const Conv& op, const ConvShape& shape, const float* src, Taps taps, int planes, size_t padded,
+               const Sample& sample, const Parallel& parallel) {
+  if (planes == 0) {
+    op.kernels->transpose_f32(src, shape.num_in(), shape.channels_in, shape.num_in(), sample.floats);
+    std::fill(sample.row_scales, sample.row_scales + shape.num_out(), 1.0f);
+    if (taps == Taps::kPatches) {
+      gather_patches(shape, sample.floats, sample.offsets, 0.0f, padded, parallel, sample.float_patches);
+    }
+    return;
+  }
+  const RowQuantizer quantizer = quantize_sample(op, shape, src, planes, sample.bytes, parallel);
+  const int32_t zero = quantizer.quantize.zero_point;
+  std::fill(sample.row_scales, sample.row_scales + shape.num_out(), quantizer.scale);
+  std::fill(sample.zero_points, sample.zero_points + shape.num_out(), zero);
+  for (int p = 0; p < planes; ++p) {
+    const uint8_t byte = static_cast<uint8_t>(p == 0 && planes == 2 ? zero >> 8 : zero & 255);
+    std::fill(sample.padding[p], sample.padding[p] + shape.group_in(), byte);
+    if (taps == Taps::kPatches) {
+      gather_patches(shape, sample.bytes[p], sample.offsets, byte, padded, parallel, sample.patches[p]);
+    }
+  }
+}
+
+LhsRows rows_of_group(const ConvShape& shape, Taps taps, size_t padded, size_t group, const Sample& sample) {
+  LhsRows rows;
+  const size_t channel = group * shape.group_in();
+  const bool patches = taps == Taps::kPatches;
+  for (int p = 0; p < 2; ++p) {
+    if (sample.bytes[p]) rows.bytes[p] = patches ? sample.patches[p] : sample.bytes[p] + channel;
+    rows.byte_padding[p] = sample.padding[p];
+  }
+  if (sample.floats) rows.floats = patches ? sample.float_patches : sample.floats + channel;
+  rows.float_padding = sample.float_padding;
+  rows.stride = patches ? padded : shape.channels_in;
+  if (taps == Taps::kOffsets) {
+    rows.offsets = sample.offsets;
+    rows.num_taps = shape.num_taps();
+  }
+  return rows;
+}
+
+void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
+               const Parallel& parallel) {
+  const Taps taps = taps_of(shape);
+  const int planes = lhs_planes(op.mode, op.weight->format);
+  const size_t padded = op.weight->num_tiles * kTileK;
+  const Sample sample = allocate_sample(shape, taps, planes, padded);
+  if (taps != Taps::kDirect) tap_offsets(shape, shape.channels_in, sample.offsets);
+  for (size_t i = 0; i < batch; ++i) {
+    fill_rows(op, shape, src + i * shape.channels_in * shape.num_in(), taps, planes, padded, sample, parallel);
+    for (size_t group = 0; group < shape.groups; ++group) {
+      GemmJob job;
+      job.kernels = op.kernels;
+      job.weight = op.weight;
+      job.mode = op.mode;
+      job.lhs = rows_of_group(shape, taps, padded, group, sample);
+      job.row_scales = sample.row_scales;
+      job.zero_points = sample.zero_points;
+      job.bias = op.bias;
+      job.low = op.low;
+      job.high = op.high;
+      job.dst = dst + (i * shape.channels_out + group * shape.group_out()) * shape.num_out();
+      job.row_stride = 1;
+      job.channel_stride = shape.num_out();
+      job.m = shape.num_out();
+      job.first_block = group * shape.group_out() / kTileN;
+      job.n = shape.group_out();
+      gemm(job, parallel);
+    }
+  }
+}
+
+}  // namespace
+
+void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
+          const Parallel& parallel) {
+  if (shape.num_out() == 0 || batch == 0) return;
+  if (conv_is_planar(shape)) {
+    conv_planar(op, shape, src, batch, dst, parallel);
+  } else {
+    conv_gemm(op, shape, src, batch, dst, parallel);
+  }
+}
+
+}  // namespace afpq

@@ -1,0 +1,55 @@
+// Convolution of any rank 1..3 with strides, pads, dilations and groups, on channel-first float tensors.
+//
+// Two paths. `gemm`: each sample is rounded to byte planes and turned channel-last, then taps are read in place through
+// offsets (or patches are gathered when the channels of a tap are not a multiple of 4). `planar`: depthwise and
+// grouped convolutions whose groups do not fill tiles of 16 run on the float planes themselves, one channel at a time.
+#pragma once
+
+#include "drivers/gemm.h"
+
+namespace afpq {
+
+// All spatial quantities have three axes (depth, height, width); missing leading axes are 1 (or 0 for pads).
+struct ConvShape {
+  size_t channels_in = 0;
+  size_t channels_out = 0;
+  size_t groups = 1;
+  size_t in[3] = {1, 1, 1};
+  size_t out[3] = {1, 1, 1};
+  size_t kernel[3] = {1, 1, 1};
+  size_t strides[3] = {1, 1, 1};
+  size_t dilations[3] = {1, 1, 1};
+  size_t pads[3] = {0, 0, 0};  // at the beginning of each axis; `out` says where the end is
+
+  size_t num_taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  size_t num_in() const { return in[0] * in[1] * in[2]; }
+  size_t num_out() const { return out[0] * out[1] * out[2]; }
+  size_t group_in() const { return channels_in / groups; }
+  size_t group_out() const { return channels_out / groups; }
+};
+
+// Whether a convolution runs on float planes. Depends on the weight's shape only, so it is known at load.
+inline bool conv_is_planar(size_t channels_out, size_t groups) {
+  return groups > 1 && channels_out / groups % kTileN != 0;
+}
+// The same for groups that fill tiles but whose taps cannot be read in place.
+inline bool conv_is_planar(const ConvShape& shape) {
+  return conv_is_planar(shape.channels_out, shape.groups) || (shape.groups > 1 && shape.group_in() % kTileK != 0);
+}
+
+struct Conv {
+  const AfpqKernels* kernels = nullptr;
+  const PackedWeight* weight = nullptr;
+  Activations mode = Activations::kA16;
+  const float* bias = nullptr;  // [channels_out] or null
+  float low, high;
+};
+
+// src: [batch, channels_in, in...], dst: [batch, channels_out, out...].
+void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst, const Parallel& parallel);
+
+// The planar path, chosen by `conv`.
+void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
+                 const Parallel& parallel);
+
+}  // namespace afpq

@@ -1,0 +1,19 @@
+// dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T + bias), rows of lhs rounded on the way in as the mode says.
+#pragma once
+
+#include "drivers/gemm.h"
+
+namespace afpq {
+
+struct Matmul {
+  const AfpqKernels* kernels = nullptr;
+  const PackedWeight* weight = nullptr;
+  Activations mode = Activations::kA16;
+  const float* bias = nullptr;  // [n] or null
+  float low, high;
+};
+
+// lhs: [m, k] and dst: [m, n], both contiguous.
+void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Parallel& parallel);
+
+}  // namespace afpq

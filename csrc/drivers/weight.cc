@@ -1,0 +1,89 @@
+#include "drivers/weight.h"
+
+#include <algorithm>
+
+namespace afpq {
+namespace {
+
+// 65536 steps of 255 * 128 stay below 2^31.
+constexpr size_t kMaxSegmentTiles = 65536 / kTileK;
+
+std::vector<Segment> make_segments(size_t num_tiles, size_t group_tiles, size_t multiple) {
+  const size_t stretch = group_tiles ? group_tiles : num_tiles;
+  const size_t step = std::max(kMaxSegmentTiles / multiple * multiple, multiple);
+  std::vector<Segment> segments;
+  for (size_t group = 0, begin = 0; begin < num_tiles; ++group) {
+    const size_t group_end = std::min(begin + stretch, num_tiles);
+    for (; begin < group_end; begin = segments.back().end) {
+      segments.push_back({begin, std::min(begin + step, group_end), group});
+    }
+  }
+  return segments;
+}
+
+void sum_columns(const AfpqKernels& kernels, PackedWeight* weight) {
+  const int planes = weight->format.num_planes();
+  const size_t width = weight->num_blocks * kTileN;
+  std::vector<uint8_t> ones(weight->num_tiles * kTileK, 1);
+  std::vector<int8_t> expanded(weight->num_tiles * kTileCodes);
+  int32_t sums[kPanelN];
+  for (int plane = 0; plane < planes; ++plane) {
+    const int8_t* table = plane == 0 ? weight->tables.low : weight->tables.high;
+    weight->column_sums[plane].assign(weight->segments.size() * width, 0);
+    for (size_t block = 0; block < weight->num_blocks; ++block) {
+      kernels.expand_s8_afp(weight->block(block), weight->num_tiles, weight->format.bits(), table, expanded.data());
+      for (size_t s = 0; s < weight->segments.size(); ++s) {
+        const Segment& segment = weight->segments[s];
+        const uint8_t* lhs[kMaxRows] = {ones.data()};
+        kernels.gemm_s32_u8_s8(lhs, 1, segment.end - segment.begin, expanded.data() + segment.begin * kTileCodes,
+                               weight->num_tiles, 1, 1, 0, sums);
+        std::copy(sums, sums + kTileN, weight->column_sums[plane].begin() + s * width + block * kTileN);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+unsigned PackedWeight::code(size_t channel, size_t step) const {
+  const unsigned bits = format.bits();
+  const uint8_t* tile = block(channel / kTileN) + step / kTileK * tile_bytes;
+  const size_t bit = (channel % kTileN * kTileK + step % kTileK) * bits;
+  unsigned window = tile[bit / 8] >> (bit % 8);
+  if (bit % 8 + bits > 8) window |= static_cast<unsigned>(tile[bit / 8 + 1]) << (8 - bit % 8);
+  return window & ((1u << bits) - 1);
+}
+
+void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t* data, size_t n, size_t k,
+                 const float* scales, size_t num_scales, size_t group_size, size_t segment_multiple,
+                 bool integer_sums, PackedWeight* weight) {
+  weight->format = format;
+  fill_tables(format, &weight->tables);
+  weight->n = n;
+  weight->k = k;
+  weight->data = data;
+  weight->num_blocks = ceil_div(n, kTileN);
+  weight->num_tiles = ceil_div(k, kTileK);
+  weight->tile_bytes = 8 * format.bits();
+  weight->group_size = group_size;
+  weight->num_groups = group_size ? ceil_div(k, group_size) : 1;
+  const size_t width = weight->num_blocks * kTileN;
+  weight->scales.assign(weight->num_groups * width, 0.0f);
+  for (size_t group = 0; group < weight->num_groups; ++group) {
+    for (size_t channel = 0; channel < n; ++channel) {
+      weight->scales[group * width + channel] = num_scales == 1 ? scales[0] : scales[group * n + channel];
+    }
+  }
+  weight->segments = make_segments(weight->num_tiles, group_size / kTileK, segment_multiple);
+  if (integer_sums) sum_columns(kernels, weight);
+}
+
+void decode_row(const PackedWeight& weight, size_t row, float* dst) {
+  const size_t width = weight.num_blocks * kTileN;
+  for (size_t step = 0; step < weight.k; ++step) {
+    const size_t group = weight.group_size ? step / weight.group_size : 0;
+    dst[step] = weight.tables.value[weight.code(row, step)] * weight.scales[group * width + row];
+  }
+}
+
+}  // namespace afpq
