@@ -3,7 +3,9 @@
 
 #include <stddef.h>
 
-#include <utility>
+#include <atomic>
+#include <new>
+#include <type_traits>
 
 namespace afpq {
 
@@ -13,14 +15,28 @@ struct Parallel {
   void* context;
 };
 
+// body(i) for i in 0..total-1. A task that runs out of memory does not unwind through foreign threads: the failure is
+// kept and thrown here, when all tasks are done.
 template <typename Body>
 void parallel_for(const Parallel& parallel, size_t total, Body&& body) {
   if (total <= 1) {
     if (total == 1) body(size_t{0});
     return;
   }
-  parallel.run(
-      parallel.context, total, [](void* user, size_t i) { (*static_cast<Body*>(user))(i); }, &body);
+  struct Shared {
+    std::remove_reference_t<Body>* body;
+    std::atomic<bool> out_of_memory{false};
+  } shared{&body};
+  const auto task = [](void* user, size_t i) {
+    auto* state = static_cast<Shared*>(user);
+    try {
+      (*state->body)(i);
+    } catch (const std::bad_alloc&) {
+      state->out_of_memory = true;
+    }
+  };
+  parallel.run(parallel.context, total, task, &shared);
+  if (shared.out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace afpq

@@ -1,0 +1,8 @@
+// One function per file of bindings.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_kernels(nanobind::module_& module);
+void bind_rounding(nanobind::module_& module);
+void bind_drivers(nanobind::module_& module);

@@ -1,0 +1,235 @@
+// The kernel table for AVX-512 with VNNI and VBMI. Loads and stores at the ends are masked, so nothing is read or
+// written beyond what kernels.h documents.
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr size_t kLanes = 16;
+
+__mmask16 first_lanes(size_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(count))); }
+__mmask64 first_bytes(size_t count) { return _bzhi_u64(~0ull, static_cast<unsigned>(count)); }
+
+// Mask of the vector at `begin` of `end` elements.
+__mmask16 lanes_at(size_t begin, size_t end) { return first_lanes(end - begin < kLanes ? end - begin : kLanes); }
+
+// The second operand stays when it is NaN or when both are zeros, as in the reference.
+__m512 clamp(__m512 value, __m512 low, __m512 high) { return _mm512_min_ps(high, _mm512_max_ps(low, value)); }
+
+// Cuts the 64 codes of a tile into bytes. Eight codes take `bits` bytes, so:
+//   vpermb          64-bit lane i <- bytes i * bits .. i * bits + 7
+//   vpmultishiftqb  byte j of each lane <- the 8 bits from bit j * bits of the lane
+// Bits above a code are those of its neighbour; every lookup ignores them.
+struct Cutter {
+  __mmask64 bytes;
+  __m512i spread;
+  __m512i offsets;
+
+  explicit Cutter(unsigned bits) {
+    constexpr long long kCount = 0x0706050403020100, kOnes = 0x0101010101010101;
+    const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    bytes = first_bytes(8 * bits);
+    spread = _mm512_add_epi64(_mm512_set1_epi64(kCount), _mm512_mullo_epi64(lane, _mm512_set1_epi64(kOnes * bits)));
+    offsets = _mm512_set1_epi64(kCount * bits);
+  }
+
+  __m512i operator()(const uint8_t* src) const {
+    return _mm512_multishift_epi64_epi8(offsets, _mm512_permutexvar_epi8(spread, _mm512_maskz_loadu_epi8(bytes, src)));
+  }
+};
+
+// vpermb reads 6 bits of an index, vpermi2b 7.
+void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table, int8_t* dst) {
+  const Cutter cut(bits);
+  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
+  const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
+  const size_t step = 8 * bits;
+  const int8_t* end = dst + num_tiles * kTileCodes;
+  if (bits <= 6) {
+#pragma GCC unroll 4
+    for (; dst < end; src += step, dst += kTileCodes) {
+      _mm512_storeu_si512(dst, _mm512_permutexvar_epi8(cut(src), t0));
+    }
+  } else if (bits == 7) {
+#pragma GCC unroll 4
+    for (; dst < end; src += step, dst += kTileCodes) {
+      _mm512_storeu_si512(dst, _mm512_permutex2var_epi8(t0, cut(src), t1));
+    }
+  } else {
+#pragma GCC unroll 2
+    for (; dst < end; src += step, dst += kTileCodes) {
+      const __m512i code = _mm512_loadu_si512(src);
+      const __m512i below = _mm512_permutex2var_epi8(t0, code, t1), above = _mm512_permutex2var_epi8(t2, code, t3);
+      _mm512_storeu_si512(dst, _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), below, above));
+    }
+  }
+}
+
+// Entry `code` of a table of 32 << kLevel floats: vpermi2ps reads 5 bits of an index, blends do the rest.
+template <int kLevel>
+inline __attribute__((always_inline)) __m512 lookup(const float* __restrict table, __m512i code) {
+  if constexpr (kLevel == 0) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), code, _mm512_loadu_ps(table + kLanes));
+  } else {
+    constexpr int kHalf = 16 << kLevel;
+    const __mmask16 upper = _mm512_test_epi32_mask(code, _mm512_set1_epi32(kHalf));
+    return _mm512_mask_blend_ps(upper, lookup<kLevel - 1>(table, code), lookup<kLevel - 1>(table + kHalf, code));
+  }
+}
+
+// Byte j of dword c is the code of (channel c, step j), so a shift brings a step's codes in place.
+template <int kLevel>
+void expand_f32(const uint8_t* __restrict src, size_t num_tiles, unsigned bits, const float* __restrict table,
+                float* __restrict dst) {
+  const Cutter cut(bits);
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * bits, dst += kTileCodes) {
+    const __m512i codes = cut(src);
+    _mm512_storeu_ps(dst, lookup<kLevel>(table, codes));
+    _mm512_storeu_ps(dst + 16, lookup<kLevel>(table, _mm512_srli_epi32(codes, 8)));
+    _mm512_storeu_ps(dst + 32, lookup<kLevel>(table, _mm512_srli_epi32(codes, 16)));
+    _mm512_storeu_ps(dst + 48, lookup<kLevel>(table, _mm512_srli_epi32(codes, 24)));
+  }
+}
+
+void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table, float* dst) {
+  const auto expand = bits <= 5   ? expand_f32<0>
+                      : bits == 6 ? expand_f32<1>
+                      : bits == 7 ? expand_f32<2>
+                                  : expand_f32<3>;
+  expand(src, num_tiles, bits, table, dst);
+}
+
+#include "avx512vnni_gemm.inc"
+#include "avx512vnni_layout.inc"
+
+struct Range {
+  __m512 low = _mm512_setzero_ps();
+  __m512 high = _mm512_setzero_ps();
+  __mmask16 special = 0;
+
+  // minps and maxps return the second operand for NaN and for two zeros, so both bounds stay numbers and never -0.
+  void add(__m512 value) {
+    low = _mm512_min_ps(value, low);
+    high = _mm512_max_ps(value, high);
+    special = _kor_mask16(special, _mm512_fpclass_ps_mask(value, 0x99));  // quiet and signalling NaN, +inf, -inf
+  }
+  void add(const Range& other) {
+    low = _mm512_min_ps(other.low, low);
+    high = _mm512_max_ps(other.high, high);
+    special = _kor_mask16(special, other.special);
+  }
+};
+
+void range_f32_avx512vnni(const float* src, size_t count, float* low, float* high, int* finite) {
+  Range a, b, c, d;
+  size_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    a.add(_mm512_loadu_ps(src + i));
+    b.add(_mm512_loadu_ps(src + i + 16));
+    c.add(_mm512_loadu_ps(src + i + 32));
+    d.add(_mm512_loadu_ps(src + i + 48));
+  }
+  for (; i < count; i += kLanes) a.add(_mm512_maskz_loadu_ps(lanes_at(i, count), src + i));
+  c.add(d);
+  a.add(b);
+  a.add(c);
+  *low = _mm512_reduce_min_ps(a.low);
+  *high = _mm512_reduce_max_ps(a.high);
+  *finite = a.special == 0;
+}
+
+// P[q] of kernels.h for 16 channels: sums, column sums and zero points as there.
+template <int kLhsPlanes>
+__m512 plane_sum(const AfpqCombine& args, int q, size_t r, size_t c, __mmask16 mask) {
+  const __m512i columns = _mm512_maskz_loadu_epi32(mask, args.column_sums[q] + c);
+  const int32_t* row = args.sums[q] + r * kLhsPlanes * kPanelN + c;
+  const int32_t zero_point = args.zero_points[r];
+  const auto shifted = [&](const int32_t* sums, int32_t part) {
+    const __m512i shift = _mm512_mullo_epi32(_mm512_set1_epi32(part), columns);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, sums), shift));
+  };
+  if constexpr (kLhsPlanes == 1) return shifted(row, zero_point);
+  return _mm512_fmadd_ps(shifted(row, zero_point >> 8), _mm512_set1_ps(256.0f),
+                         shifted(row + kPanelN, zero_point & 255));
+}
+
+template <int kLhsPlanes, int kRhsPlanes>
+void combine(const AfpqCombine& args) {
+  for (size_t r = 0; r < args.num_rows; ++r) {
+    float* dst = args.dst + r * kPanelN;
+    for (size_t c = 0; c < args.num_channels; c += kLanes) {
+      const __mmask16 mask = lanes_at(c, args.num_channels);
+      const __m512 scale = _mm512_maskz_loadu_ps(mask, args.scales + c);
+      __m512 value = plane_sum<kLhsPlanes>(args, 0, r, c, mask);
+      if constexpr (kRhsPlanes == 2) {
+        value = _mm512_fmadd_ps(plane_sum<kLhsPlanes>(args, 1, r, c, mask), _mm512_set1_ps(256.0f), value);
+      }
+      value = args.accumulate ? _mm512_fmadd_ps(value, scale, _mm512_maskz_loadu_ps(mask, dst + c))
+                              : _mm512_mul_ps(value, scale);
+      _mm512_mask_storeu_ps(dst + c, mask, value);
+    }
+  }
+}
+
+void combine_f32_s32_avx512vnni(const AfpqCombine* args) {
+  if (args->lhs_planes == 1) {
+    (args->rhs_planes == 1 ? combine<1, 1> : combine<1, 2>)(*args);
+  } else {
+    (args->rhs_planes == 1 ? combine<2, 1> : combine<2, 2>)(*args);
+  }
+}
+
+struct Finish {
+  __m512 scale, bias, low, high;
+  __m512 operator()(__m512 sum) const { return clamp(_mm512_fmadd_ps(sum, scale, bias), low, high); }
+};
+
+// Four vectors at a time hide the latency of the chains.
+void planar_f32_avx512vnni(const float* const* taps, const float* weights, size_t num_taps, size_t count, float scale,
+                           float bias, float low, float high, float* dst) {
+  const Finish finish = {_mm512_set1_ps(scale), _mm512_set1_ps(bias), _mm512_set1_ps(low), _mm512_set1_ps(high)};
+  size_t x = 0;
+  for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
+    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+    for (size_t t = 0; t < num_taps; ++t) {
+      const float* src = taps[t] + x;
+      const __m512 weight = _mm512_set1_ps(weights[t]);
+      a = _mm512_fmadd_ps(_mm512_loadu_ps(src), weight, a);
+      b = _mm512_fmadd_ps(_mm512_loadu_ps(src + 16), weight, b);
+      c = _mm512_fmadd_ps(_mm512_loadu_ps(src + 32), weight, c);
+      d = _mm512_fmadd_ps(_mm512_loadu_ps(src + 48), weight, d);
+    }
+    _mm512_storeu_ps(dst + x, finish(a));
+    _mm512_storeu_ps(dst + x + 16, finish(b));
+    _mm512_storeu_ps(dst + x + 32, finish(c));
+    _mm512_storeu_ps(dst + x + 48, finish(d));
+  }
+  for (; x < count; x += kLanes) {
+    const __mmask16 mask = lanes_at(x, count);
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t t = 0; t < num_taps; ++t) {
+      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, taps[t] + x), _mm512_set1_ps(weights[t]), sum);
+    }
+    _mm512_mask_storeu_ps(dst + x, mask, finish(sum));
+  }
+}
+
+}  // namespace
+
+const AfpqKernels kAfpqKernelsAvx512Vnni = {
+    "avx512vnni",
+    expand_s8_afp_avx512vnni,
+    expand_f32_afp_avx512vnni,
+    gemm_s32_u8_s8_avx512vnni,
+    gemm_f32_f32_f32_avx512vnni,
+    range_f32_avx512vnni,
+    quantize_u8_f32_avx512vnni,
+    quantize_transpose_u8_f32_avx512vnni,
+    transpose_f32_avx512vnni,
+    combine_f32_s32_avx512vnni,
+    store_f32_avx512vnni,
+    planar_f32_avx512vnni,
+};
