@@ -26,7 +26,7 @@ using Result = nb::ndarray<nb::numpy, float>;
 
 const AfpqKernels& table(const std::string& isa) {
   const char* error = nullptr;
-  const AfpqKernels* kernels = select_kernels(isa.c_str(), &error);
+  const AfpqKernels* kernels = afpq::select_kernels(isa.c_str(), &error);
   if (kernels == nullptr) throw std::invalid_argument(error);
   return *kernels;
 }

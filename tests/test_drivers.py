@@ -1,0 +1,218 @@
+"""Drivers (matrix product, convolution, table) against NumPy, on every ISA and with several threads."""
+
+import numpy as np
+import pytest
+
+from afpq import _core
+from afpq.formats import AfpFormat, codebook, decode, encode, round_scale
+from afpq.packing import pack
+
+FORMATS = ["e0m1", "e2m1", "e2m2", "e0m5", "e2m4", "e0m7", "e3m1", "e3m3", "e2m5", "e4m1", "e5m2"]
+INF = float("inf")
+
+
+def quantized(rng, n, k, fmt, groups=1):
+    weight = rng.standard_normal((n, k)).astype(np.float32)
+    scale = round_scale(fmt, np.full((groups, n), 2.5 / fmt.max_integer), "real")
+    scale *= np.exp2(rng.integers(-2, 3, (groups, n))).astype(np.float32)
+    spread = np.repeat(scale.T, -(-k // groups), axis=1)[:, :k]
+    codes = encode(weight, fmt, spread)
+    return pack(codes, fmt.bits), scale, codes, decode(codes, fmt, spread).astype(np.float64)
+
+
+def rounded_rows(x, planes):
+    """Rows as a8 or a16 sees them, from the recipe in csrc/drivers/gemm.h: float64 values."""
+    if planes == 0:
+        return x.astype(np.float64)
+    levels = np.float32(255 if planes == 1 else 65535)
+    low = np.minimum(x.min(1, keepdims=True), 0)
+    high = np.maximum(x.max(1, keepdims=True), 0)
+    scale = high / levels - low / levels
+    inverse = np.float32(1) / scale
+    zero = np.rint(-low * inverse)
+    q = np.clip(np.rint(x * inverse) + zero, 0, levels)
+    return (q.astype(np.float64) - zero) * scale
+
+
+def run_matmul(isa, x, data, fmt, n, k, scale, *, activations, threads=1, bias=None, group_size=0, low=-INF, high=INF):
+    return _core.matmul(
+        isa, threads, x, data, str(fmt), n, k, scale, group_size, bias, activations, low, high
+    )
+
+
+PLANES = {"f32": 0, "a8": 1, "a16": 2}
+
+
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+@pytest.mark.parametrize("text", FORMATS)
+def test_matmul_equals_the_product_of_rounded_rows_and_decoded_weights(isa, text, activations):
+    rng = np.random.default_rng(1)
+    fmt, m, n, k = AfpFormat.parse(text), 53, 75, 130
+    data, scale, _, weight = quantized(rng, n, k, fmt)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    y = run_matmul(isa, x, data, fmt, n, k, scale, activations=activations, bias=bias)
+    rows = rounded_rows(x, 0 if fmt.kernel_class == "wide" else PLANES[activations])
+    exact = rows @ weight.T + bias
+    bound = (k + 4) * 2.0**-24 * (np.abs(rows) @ np.abs(weight).T + np.abs(bias))
+    assert (np.abs(y - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 48, 49, 100])
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+def test_every_isa_and_thread_count_gives_the_same_bits(activations, m):
+    rng = np.random.default_rng(2)
+    for text in ("e2m2", "e3m1", "e4m1", "e0m7"):
+        fmt, n, k = AfpFormat.parse(text), 200, 515
+        data, scale, _, _ = quantized(rng, n, k, fmt)
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        expected = run_matmul("scalar", x, data, fmt, n, k, scale, activations=activations)
+        for isa in _core.kernels.isa_names():
+            for threads in (1, 3):
+                y = run_matmul(isa, x, data, fmt, n, k, scale, activations=activations, threads=threads)
+                np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+def test_matmul_applies_one_scale_a_group_of_k(isa, activations):
+    rng = np.random.default_rng(3)
+    fmt, m, n, k, size = AfpFormat(2, 1), 5, 33, 100, 32
+    data, scale, _, _ = quantized(rng, n, k, fmt, groups=4)
+    data, codes = None, rng.integers(0, 16, (n, k)).astype(np.uint8)
+    codes[codes == 8] = 0
+    weight = codebook(fmt)[codes] * np.repeat(scale.T, size, axis=1)[:, :k].astype(np.float64)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    y = run_matmul(
+        isa, x, pack(codes, 4), fmt, n, k, scale, activations=activations, group_size=size
+    )
+    rows = rounded_rows(x, PLANES[activations])
+    bound = (k + 8) * 2.0**-24 * (np.abs(rows) @ np.abs(weight).T)
+    assert (np.abs(y - rows @ weight.T) <= bound).all()
+
+
+def test_sums_over_a_very_long_k_do_not_overflow(isa):
+    fmt, k = AfpFormat(0, 7), 140_000
+    codes = np.full((1, k), 127, np.uint8)
+    x = np.ones((1, k), np.float32)
+    y = run_matmul(isa, x, pack(codes, 8), fmt, 1, k, np.ones(1, np.float32), activations="a8")
+    assert y[0, 0] == pytest.approx(127 * k, rel=1e-6)
+
+
+def test_a_row_with_nan_or_infinity_gives_nan_and_spares_the_others(isa):
+    rng = np.random.default_rng(4)
+    fmt = AfpFormat(2, 2)
+    data, scale, _, _ = quantized(rng, 20, 32, fmt)
+    x = rng.standard_normal((3, 32)).astype(np.float32)
+    clean = run_matmul(isa, x, data, fmt, 20, 32, scale, activations="a16", low=0.0)
+    x[0, 5], x[2, 31] = np.nan, np.inf
+    y = run_matmul(isa, x, data, fmt, 20, 32, scale, activations="a16", low=0.0)
+    assert np.isnan(y[0]).all() and np.isnan(y[2]).all()
+    np.testing.assert_array_equal(y[1], clean[1])
+
+
+def test_rows_of_zeros_give_the_bias(isa):
+    fmt = AfpFormat(2, 2)
+    data, scale, _, _ = quantized(np.random.default_rng(5), 20, 32, fmt)
+    bias = np.arange(20, dtype=np.float32)
+    y = run_matmul(
+        isa, np.zeros((2, 32), np.float32), data, fmt, 20, 32, scale, activations="a8", bias=bias
+    )
+    np.testing.assert_array_equal(y, np.tile(bias, (2, 1)))
+
+
+def naive_conv(x, weight, groups, kernel, strides, dilations, pads, out):
+    """float64 convolution by the definition; weight [n, taps * channels per group]."""
+    batch, channels = x.shape[:2]
+    size = channels // groups
+    reach = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations)]
+    padded = np.zeros((batch, channels, *[max(r, i + p) for r, i, p in zip(reach, x.shape[2:], pads)]))
+    padded[(slice(None), slice(None), *[slice(p, p + i) for i, p in zip(x.shape[2:], pads)])] = x
+    columns = np.empty((batch, groups, int(np.prod(kernel)), size, *out))
+    for t, tap in enumerate(np.ndindex(*kernel)):
+        window = [
+            slice(j * d, j * d + (o - 1) * s + 1, s)
+            for j, d, o, s in zip(tap, dilations, out, strides)
+        ]
+        columns[:, :, t] = padded[(slice(None), slice(None), *window)].reshape(
+            batch, groups, size, *out
+        )
+    columns = columns.reshape(batch, groups, -1, int(np.prod(out)))
+    grouped = weight.reshape(groups, -1, weight.shape[1])
+    return np.einsum("bgkp,gnk->bgnp", columns, grouped).reshape(batch, -1, *out)
+
+
+# channels in, channels out, groups, input, kernel, strides, dilations, pads before, output
+SHAPES = [
+    (3, 20, 1, (1, 13, 17), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 9)),
+    (8, 16, 1, (1, 9, 9), (1, 3, 3), (1, 1, 1), (1, 2, 2), (0, 2, 2), (1, 9, 9)),
+    (16, 40, 1, (1, 7, 7), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 7, 7)),
+    (24, 70, 1, (1, 8, 8), (1, 1, 1), (1, 2, 2), (1, 1, 1), (0, 0, 0), (1, 4, 4)),
+    (16, 16, 16, (1, 13, 9), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 5)),
+    (6, 6, 6, (1, 11, 12), (1, 5, 5), (1, 1, 1), (1, 2, 2), (0, 4, 4), (1, 11, 12)),
+    (8, 32, 2, (1, 6, 6), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 6, 6)),
+    (12, 6, 3, (1, 6, 6), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 4, 4)),
+    (4, 8, 4, (1, 6, 6), (1, 2, 3), (1, 3, 2), (1, 1, 1), (0, 0, 1), (1, 2, 3)),
+    (2, 32, 1, (1, 1, 40), (1, 1, 7), (1, 1, 3), (1, 1, 1), (0, 0, 3), (1, 1, 14)),
+    (4, 18, 1, (5, 6, 7), (3, 3, 3), (2, 1, 2), (1, 1, 1), (1, 1, 1), (3, 6, 4)),
+    (4, 4, 4, (5, 6, 7), (3, 2, 3), (2, 1, 2), (1, 2, 1), (1, 1, 1), (3, 6, 4)),
+]
+
+
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+@pytest.mark.parametrize("text", ["e2m2", "e3m3", "e4m1"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
+    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
+    rng = np.random.default_rng(6)
+    fmt, k = AfpFormat.parse(text), int(np.prod(kernel)) * channels // groups
+    data, scale, _, weight = quantized(rng, n, k, fmt)
+    x = np.maximum(rng.standard_normal((2, channels, *size)), -0.5).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    planar = groups > 1 and (n // groups % 16 != 0 or channels // groups % 4 != 0)
+    planes = 0 if planar or fmt.kernel_class == "wide" else PLANES[activations]
+    rows = rounded_rows(x.reshape(2, -1), planes).reshape(x.shape)
+    geometry = groups, kernel, strides, dilations, pads, out
+    exact = naive_conv(rows, weight, *geometry) + bias[:, None, None, None]
+    bound = (k + 4) * 2.0**-24 * (
+        naive_conv(np.abs(rows), np.abs(weight), *geometry) + np.abs(bias)[:, None, None, None]
+    )
+    first = None
+    for isa in _core.kernels.isa_names():
+        for threads in (1, 2):
+            y = _core.conv(
+                isa, threads, x, data, text, n, k, scale, bias, activations, -INF, 3.0,
+                groups, kernel, strides, dilations, pads, out,
+            )  # fmt: skip
+            assert (np.abs(y - np.minimum(exact, 3.0)) <= bound).all()
+            first = y if first is None else first
+            np.testing.assert_array_equal(y, first)
+
+
+def test_a_sample_does_not_depend_on_its_batch(isa):
+    rng = np.random.default_rng(7)
+    fmt = AfpFormat(2, 2)
+    data, scale, _, _ = quantized(rng, 16, 72, fmt)
+    x = rng.standard_normal((3, 8, 1, 9, 9)).astype(np.float32) * np.array([1, 100, 0.01]).reshape(
+        3, 1, 1, 1, 1
+    ).astype(np.float32)
+
+    def run(batch):
+        ones = (1, 1, 1)
+        return _core.conv(
+            isa, 1, batch, data, "e2m2", 16, 72, scale, None, "a8", -INF, INF,
+            1, (1, 3, 3), ones, ones, (0, 1, 1), (1, 9, 9),
+        )  # fmt: skip
+
+    whole = run(x)
+    for i in range(3):
+        np.testing.assert_array_equal(run(x[i : i + 1]), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_unpack_equals_decode(text):
+    rng = np.random.default_rng(8)
+    fmt = AfpFormat.parse(text)
+    data, scale, codes, _ = quantized(rng, 21, 30, fmt)
+    np.testing.assert_array_equal(
+        _core.unpack(data, text, 21, 30, scale, 0), decode(codes, fmt, scale.T)
+    )
