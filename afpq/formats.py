@@ -161,7 +161,8 @@ def round_scale(fmt: AfpFormat, scale: npt.ArrayLike, kind: str) -> npt.NDArray[
         bits = scale.view(np.uint32).astype(np.uint64)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         # The ends are kept: the smallest normal number and the largest finite one.
-        return np.clip(rounded, 0x0080_0000, 0x7F7F_0000).astype(np.uint32).view(np.float32)
+        kept = np.asarray(np.clip(rounded, 0x0080_0000, 0x7F7F_0000), np.uint32)
+        return kept.view(np.float32)
     if kind == "integer":
         lowest = max(-128, -126 - fmt.mantissa_bits)  # 2^127, the largest power of two of a float32
         bias = np.clip(np.rint(exponent_bias_of(fmt, scale)), lowest, 127)

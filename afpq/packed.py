@@ -117,7 +117,7 @@ class PackedModel:
     floats: tuple[FloatTensor, ...]
     metadata: dict[str, str]
     file_bytes: int
-    ir: ir.Model = field(repr=False, compare=False)
+    graph: ir.Model = field(repr=False, compare=False)
 
     def tensors(self) -> dict[str, PackedLayer]:
         """One layer for each stored tensor, in file order."""
@@ -184,7 +184,7 @@ def read_packed(path: str | Path) -> PackedModel:
         floats=_floats(model),
         metadata=dict(model.metadata_props),
         file_bytes=file_bytes(path, model),
-        ir=model,
+        graph=model,
     )
 
 

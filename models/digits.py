@@ -39,7 +39,10 @@ def save_images(folder: Path = FOLDER) -> None:
     """
     train_x, train_y, test_x, test_y = load_images()
     chosen = torch.arange(NUM_CALIBRATION) * len(train_y) // NUM_CALIBRATION
-    for name, x, y in [("calibration", train_x[chosen], train_y[chosen]), ("evaluation", test_x, test_y)]:
+    for name, x, y in [
+        ("calibration", train_x[chosen], train_y[chosen]),
+        ("evaluation", test_x, test_y),
+    ]:
         np.savez_compressed(folder / f"digits_{name}.npz", input=x.numpy(), labels=y.numpy())
 
 

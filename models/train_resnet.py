@@ -32,7 +32,8 @@ class Block(nn.Module):
             nn.Identity()
             if same
             else nn.Sequential(
-                nn.Conv2d(num_inputs, num_outputs, 1, stride, bias=False), nn.BatchNorm2d(num_outputs)
+                nn.Conv2d(num_inputs, num_outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(num_outputs),
             )
         )
         self.activation = nn.ReLU()

@@ -189,16 +189,21 @@ const float* energy_row(const WeightView& view, size_t row) {
 }  // namespace
 
 float round_scale(const Format& format, ScaleKind kind, double scale) {
-  constexpr uint32_t kSmallest = 0x00800000u, kLargest = 0x7F7F0000u;  // normal bfloat16 numbers
+  // Scales are normal floats, and the largest value of the format is finite.
+  constexpr double kSmallest = 1.1754943508222875e-38, kLargest = 3.4028234663852886e+38;
+  const double limit = kLargest / static_cast<double>(format.max_integer());
   if (kind == ScaleKind::kReal) {
-    uint32_t bits = bits_of(static_cast<float>(std::min(scale, 3e38)));
-    bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
-    return float_of(std::min(std::max(bits, kSmallest), kLargest));
+    const float wanted = static_cast<float>(std::min(std::max(scale, kSmallest), limit));
+    const uint32_t bits = bits_of(wanted) & 0xFFFF0000u;
+    const uint32_t rest = bits_of(wanted) & 0xFFFFu;
+    const uint32_t half = 0x8000u - ((bits >> 16) & 1u);  // ties to even
+    const float above = float_of(bits + 0x10000u);
+    return rest > half && above <= limit ? above : float_of(bits);
   }
-  // exponent_bias = 1 - M - log2(scale) has to fit into int8, and the scale into a normal float32.
+  // exponent_bias = 1 - M - log2(scale) has to fit into int8 as well.
   const double power = std::nearbyint(std::log2(scale));
   const double low = std::max(1.0 - format.mantissa_bits - 127, -126.0);
-  const double high = std::min(1.0 - format.mantissa_bits + 128, 127.0);
+  const double high = std::min(1.0 - format.mantissa_bits + 128, 1.0 * std::ilogb(limit));
   return static_cast<float>(
       std::ldexp(1.0, static_cast<int>(std::min(std::max(power, low), high))));
 }

@@ -28,7 +28,8 @@ struct WeightView {
   size_t num_energy_rows;
 };
 
-// The storable scale nearest to `scale`, never zero, subnormal or infinite.
+// The storable scale nearest to `scale`, a normal float for which the
+// largest value of the format is finite.
 float round_scale(const Format& format, ScaleKind kind, double scale);
 
 // For every row the best of a geometric grid of storable scales below and just above "the maximum

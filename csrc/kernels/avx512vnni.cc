@@ -1,5 +1,11 @@
 // The kernel table for AVX-512 with VNNI and VBMI. Loads and stores at the ends are masked, so nothing is read or
 // written beyond what kernels.h documents.
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns inside its own intrinsics (PR 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>

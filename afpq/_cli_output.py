@@ -1,0 +1,160 @@
+"""How the command line talks: sizes, tables, JSON on stdout; progress on stderr; no colour off a terminal."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+__all__ = [
+    "StageProgress",
+    "format_bytes",
+    "format_ratio",
+    "note",
+    "parse_size",
+    "print_json",
+    "print_line",
+    "print_table",
+]
+
+_SHOW_AFTER_S = 2.0  # faster stages show nothing on a terminal
+_REPEAT_S = 10.0  # off a terminal, a line at most this often inside a stage
+_WIDE = 200  # columns of a table that is piped into a file
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Reads `1500000`, `1.5MB`, `800k`, `3MiB` as bytes.
+
+    Raises:
+        ValueError: the text is not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]i?)?b?\s*", text.lower())
+    size = int(float(match.group(1)) * _UNITS[match.group(2) or ""]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size; write 1500000, 1.5MB or 3MiB")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """`13,970,236 bytes (13.97 MB)`."""
+    if size < 1000:
+        return f"{size} bytes"
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size:,} bytes ({size / factor:.2f} {unit})"
+    raise AssertionError
+
+
+def format_ratio(before: int, after: int) -> str:
+    """`5.9x smaller`."""
+    if after <= before:
+        return f"{before / max(after, 1):.2f}x smaller"
+    return f"{after / max(before, 1):.2f}x LARGER"
+
+
+def print_line(text: str = "") -> None:
+    """One line of the result."""
+    print(text)
+
+
+def note(text: str) -> None:
+    """One line that is not the result: stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: object) -> None:
+    """The whole result for a machine."""
+    print(json.dumps(value, indent=2, sort_keys=False, allow_nan=False, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """A plain table: the first `left` columns are texts, the others numbers set to the right.
+
+    On a terminal it fits the width, long names fold; piped, nothing is cut.
+    """
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        numeric = left <= i
+        table.add_column(
+            name,
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=numeric,
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+class StageProgress:
+    """Stages of one command: `progress("calibrate", done, total)`, any number of times, `done == total` at the end.
+
+    On a terminal a bar appears once a stage takes longer than two seconds and a line stays when it ends; otherwise
+    one line a stage, and one every ten seconds inside long ones.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.stage = ""
+        self.started = self.printed = time.monotonic()
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.close()
+            self.stage, self.started, self.printed = stage, now, now
+        elapsed = now - self.started
+        if done >= total:
+            self._finish(elapsed, total)
+        elif self.terminal and elapsed > _SHOW_AFTER_S:
+            self._draw(done, total)
+        elif not self.terminal and now - self.printed > _REPEAT_S:
+            self.printed = now
+            self._line(f"{stage}: {done} of {total}, {elapsed:.0f} s")
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar, self.task, self.stage = None, None, ""
+
+    def _finish(self, elapsed: float, total: int) -> None:
+        stage = self.stage
+        self.close()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+        if not self.terminal or elapsed > _SHOW_AFTER_S:
+            count = f" {total}" if total > 1 else ""
+            self._line(f"{stage}:{count} done in {elapsed:.1f} s")
+
+    def _draw(self, done: int, total: int) -> None:
+        if self.bar is None:
+            console = Console(file=self.stream, highlight=False)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.stage, total=total)
+        assert self.task is not None
+        self.bar.update(self.task, completed=done, total=total)
+
+    def _line(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)

@@ -1,0 +1,24 @@
+import numpy as np
+import numpy.typing as npt
+
+# rounding
+def search_scales(
+    weight: npt.NDArray[np.float32],
+    energy: npt.NDArray[np.float32] | None,
+    format: str,
+    kind: str,
+    num_threads: int = 1,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]: ...
+def scale_errors(
+    weight: npt.NDArray[np.float32],
+    energy: npt.NDArray[np.float32] | None,
+    format: str,
+    scales: npt.NDArray[np.float32],
+    num_threads: int = 1,
+) -> npt.NDArray[np.float64]: ...
+def encode_rows(
+    values: npt.NDArray[np.float32],
+    format: str,
+    scales: npt.NDArray[np.float32],
+    num_threads: int = 1,
+) -> npt.NDArray[np.uint8]: ...

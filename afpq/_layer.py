@@ -1,0 +1,113 @@
+"""What a layer is: a node, the constant it multiplies by as a matrix [n, k], and how that matrix lies in the node."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ConvSpec", "Layer", "Skipped", "TensorInfo", "conv_matrix", "original_layout"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a model. A dimension is an int, the name of a dynamic axis, or None."""
+
+    name: str
+    dtype: str  # NumPy's name: "float32", "int64", ..
+    shape: tuple[int | str | None, ...] | None  # None: unknown rank
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """The geometry of a convolution; `pads` (begin .. end, as in ONNX) counts only where auto_pad is NOTSET."""
+
+    kernel_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    pads: tuple[int, ...]
+    dilations: tuple[int, ...]
+    auto_pad: str = "NOTSET"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A weight that can be quantized, at one place of use.
+
+    `weight` is [n, k] in stored order: one row for each output channel (table row), the products of one output along
+    k. Convolutions have k = tap * channels_per_group + channel. Layers with equal `weight_name` hold equal matrices
+    and share one stored tensor. The output is `x @ weight.T + bias` over axis `k_axis` of the input (kind matmul).
+    """
+
+    name: str  # of the node, made unique and not empty
+    kind: str  # "matmul", "conv", "gather" or "unpack" (no kernel of its own: decoded to float for the node)
+    op_type: str
+    weight_name: str
+    weight: npt.NDArray[np.float32] = field(repr=False)
+    input_name: str | None  # the float activation; None for gather and unpack
+    output_name: str  # the output with the layer's own bias, before any Relu or Clip
+    bias: npt.NDArray[np.float32] | None = field(repr=False)  # [n], zero if None
+    groups: int = 1
+    conv: ConvSpec | None = None
+    k_axis: int | None = (
+        None  # axis of the input that k runs along: -1; 1 for conv; 0 or -2 if transposed
+    )
+    dtype: str = "float32"  # of the model's weight; float16 is widened
+    shape: tuple[int, ...] = ()  # of the node's operand
+    note: str = (
+        ""  # why the weight is not shared, or has no kernel; empty when there is nothing to say
+    )
+    # Where it is in the graph: positions in the list of nodes, which a clone of the graph keeps.
+    node_index: int = field(default=0, repr=False)
+    weight_input: int = field(default=1, repr=False)
+    add_index: int | None = field(default=None, repr=False)  # an Add that holds the bias
+    rank: int | None = field(default=None, repr=False)  # of the input, where rewriting needs it
+    alpha: float = field(default=1.0, repr=False)  # of a Gemm: already in `weight`
+    k_first: bool = field(default=False, repr=False)  # the operand is [k, n]
+    keeps_c: bool = field(
+        default=False, repr=False
+    )  # a Gemm whose C stays an Add after the product
+
+    @property
+    def n(self) -> int:
+        """Output channels, or rows of a table."""
+        return self.weight.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Products in one output, or columns of a table."""
+        return self.weight.shape[1]
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in the matrix."""
+        return self.weight.size
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the constant is the left operand of a MatMul."""
+        return self.kind == "matmul" and self.op_type == "MatMul" and self.weight_input == 0
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A constant operand that stays float, and why."""
+
+    name: str
+    op_type: str
+    reason: str
+    num_weights: int
+
+
+def conv_matrix(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[c_out, channels_per_group, *kernel] -> [c_out, taps * channels_per_group], channels innermost."""
+    moved = np.moveaxis(weight, 1, -1)
+    return np.ascontiguousarray(moved).reshape(weight.shape[0], -1)
+
+
+def original_layout(layer: Layer, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A matrix [n, k] in stored order as the operand that the layer's node reads (a Gemm's with alpha = 1)."""
+    if layer.kind == "conv":
+        out, channels, *kernel = layer.shape
+        return np.ascontiguousarray(np.moveaxis(weight.reshape(out, *kernel, channels), -1, 1))
+    if layer.k_first:
+        return np.ascontiguousarray(weight.T).reshape(layer.shape)
+    return np.ascontiguousarray(weight).reshape(layer.shape)

@@ -1,0 +1,333 @@
+"""The report of a packed model: one dictionary, written as JSON or as Markdown.
+
+`build_report` collects what the file itself tells (sizes, formats, kernels, what stayed float); `RunFacts` adds what only
+the run that wrote it knows (source, plan, calibration, accuracy, command). Nothing is measured here.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from afpq.errors import AfpqError
+from afpq.packed import PackedLayer, PackedModel
+
+__all__ = [
+    "SUFFIXES",
+    "LayerFacts",
+    "RunFacts",
+    "build_report",
+    "environment",
+    "file_facts",
+    "render_markdown",
+    "write_report",
+    "write_text",
+]
+
+SUFFIXES = (".md", ".json")
+SCHEMA = 1
+
+_LIBRARIES = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the run knows about one stored tensor."""
+
+    predicted_loss: float | None = None
+    sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run knows and the file does not. Every field is ready for JSON."""
+
+    source: Mapping[str, Any] | None = None  # path, bytes, sha256 of the float model
+    command: str | None = None
+    budget: str | None = None
+    objective: str | None = None
+    predicted_loss: float | None = None
+    layers: Mapping[str, LayerFacts] = field(default_factory=dict)  # by weight_name
+    left_float: Iterable[Mapping[str, Any]] = ()  # name, op_type, reason, num_weights
+    calibration: Mapping[str, Any] | None = None
+    correction: Mapping[str, Any] | None = None
+    accuracy: Mapping[str, Any] | None = None
+    checks: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str, Any]:
+    """The whole report as a dictionary of plain values."""
+    facts = RunFacts() if facts is None else facts
+    tensors = model.tensors().values()
+    packed_bytes = sum(t.storage_bytes for t in tensors)
+    num_weights = sum(t.num_weights for t in tensors)
+    float_bytes = int(model.metadata.get("afpq.float_weight_bytes", 4 * num_weights))
+    return {
+        "schema": SCHEMA,
+        "source": facts.source,
+        "output": file_facts(model.path, model.file_bytes)
+        | {
+            "spec_version": model.metadata.get("afpq.spec_version"),
+            "written_by": model.metadata.get("afpq.version"),
+            "plan_hash": model.metadata.get("afpq.plan_hash"),
+        },
+        "size": {
+            "source_bytes": None if facts.source is None else facts.source["bytes"],
+            "output_bytes": model.file_bytes,
+            "quantizable_weights_before_bytes": float_bytes,
+            "packed_weights_bytes": packed_bytes,
+            "float_tensors_bytes": sum(t.nbytes for t in model.floats),
+            "num_packed_weights": num_weights,
+            "bits_per_weight": 8 * packed_bytes / num_weights if num_weights else None,
+        },
+        "budget": facts.budget,
+        "objective": facts.objective,
+        "predicted_loss": facts.predicted_loss,
+        "accuracy": facts.accuracy,
+        "layers": _layers(model, facts),
+        "left_float": [dict(entry) for entry in facts.left_float],
+        "float_tensors": [asdict(t) for t in model.floats],
+        "calibration": facts.calibration,
+        "correction": facts.correction,
+        "checks": dict(facts.checks),
+        "command": facts.command,
+        "seconds": {name: round(s, 3) for name, s in facts.seconds.items()},
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions of everything that took part, and the instruction set in use."""
+    result: dict[str, Any] = {
+        "afpq": _version("afpq"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+    }
+    result |= {name: _version(name) for name in _LIBRARIES}
+    try:
+        from afpq._core import kernels
+
+        result["isa"] = kernels.active_isa()
+    except (ImportError, ValueError) as error:
+        result["isa"] = f"none: {error}"
+    return result
+
+
+def file_facts(path: str | Path, num_bytes: int | None = None) -> dict[str, Any]:
+    """Path, bytes and sha256 of a file."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    size = path.stat().st_size if num_bytes is None else num_bytes
+    return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """Writes Markdown (.md) or JSON (.json), whole or not at all.
+
+    Raises:
+        AfpqError: the suffix is not one of `SUFFIXES`.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise AfpqError(f"report {path}: its suffix must be one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".json":
+        write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    else:
+        write_text(path, render_markdown(report))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file through a temporary one, so that it is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    sections = (
+        _headline(report),
+        _accuracy(report["accuracy"]),
+        _layer_table(report["layers"]),
+        _remarks(report["layers"]),
+        _float_part(report["left_float"], report["float_tensors"]),
+        _calibration(report["calibration"], report["correction"]),
+        _provenance(report),
+    )
+    return "\n\n".join(s for s in sections if s) + "\n"
+
+
+def _layers(model: PackedModel, facts: RunFacts) -> list[dict[str, Any]]:
+    first = {name: layer.name for name, layer in model.tensors().items()}
+    return [_layer(layer, first[layer.weight_name], facts) for layer in model.layers]
+
+
+def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
+    known = facts.layers.get(layer.weight_name, LayerFacts())
+    return {
+        "name": layer.name,
+        "op": layer.op,
+        "format": str(layer.format),
+        "bits": layer.format.bits,
+        "kind": layer.kind,
+        "granularity": layer.granularity,
+        "num_weights": layer.num_weights,
+        "bytes": layer.storage_bytes,
+        "bits_per_weight": layer.bits_per_weight,
+        "predicted_loss": known.predicted_loss,
+        "sqnr_db": known.sqnr_db,
+        "kernel": layer.kernel,
+        "activations": layer.activations,
+        "remark": layer.remark,
+        "shared_with": None if owner == layer.name else owner,
+    }
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    size, output = report["size"], report["output"]
+    lines = [f"# {Path(output['path']).name}", ""]
+    before, after = size["source_bytes"], size["output_bytes"]
+    rows = [("file", before, after)] if before is not None else []
+    rows.append(
+        ("packed layers", size["quantizable_weights_before_bytes"], size["packed_weights_bytes"])
+    )
+    body = [(name, f"{b:,}", f"{a:,}", f"{b / max(a, 1):.2f}x") for name, b, a in rows]
+    if before is None:
+        body.insert(0, ("file", "", f"{after:,}", ""))
+    lines.append(_table(("", "float bytes", "packed bytes", "smaller"), body))
+    bits = size["bits_per_weight"]
+    if bits is not None:
+        budget = "" if report["budget"] is None else f"; budget: {report['budget']}"
+        lines += ["", f"{bits:.3f} bits per weight, scales included{budget}."]
+    lines.append(f"Float constants that remain: {size['float_tensors_bytes']:,} bytes.")
+    return "\n".join(lines)
+
+
+def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
+    if accuracy is None:
+        return "## Accuracy\n\nNot measured: no data was given."
+    rows = [(k, _number(v)) for k, v in accuracy.items() if isinstance(v, int | float)]
+    text = "## Accuracy\n\n" + _table(("metric", "value"), rows)
+    notes = [f"{k}: {v}" for k, v in accuracy.items() if isinstance(v, str)]
+    return "\n\n".join([text, *notes])
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> str:
+    columns = (
+        "layer", "op", "format", "granularity", "bits per weight", "weights", "bytes",
+        "predicted loss", "SQNR dB", "kernel",
+    )  # fmt: skip
+    rows = [
+        (
+            e["name"],
+            e["op"],
+            e["format"],
+            f"{e['granularity']}, {e['kind']}",
+            f"{e['bits_per_weight']:.3f}",
+            f"{e['num_weights']:,}",
+            f"shared with {e['shared_with']}" if e["shared_with"] else f"{e['bytes']:,}",
+            _number(e["predicted_loss"]),
+            _number(e["sqnr_db"]),
+            e["kernel"],
+        )
+        for e in layers
+    ]
+    return f"## Packed layers\n\n{_table(columns, rows)}"
+
+
+def _remarks(layers: list[dict[str, Any]]) -> str:
+    slow = [e for e in layers if e["remark"]]
+    if not slow:
+        return "Every packed layer runs on integer dot products or reads rows directly."
+    rows = [(e["name"], e["kernel"], e["remark"]) for e in slow]
+    return "## Layers off the integer path\n\n" + _table(("layer", "kernel", "why"), rows)
+
+
+def _float_part(left: list[dict[str, Any]], tensors: list[dict[str, Any]]) -> str:
+    parts = ["## Left float"]
+    if left:
+        rows = [(e["name"], e["op_type"], f"{e['num_weights']:,}", e["reason"]) for e in left]
+        parts.append(_table(("layer", "op", "weights", "why"), rows))
+    if tensors:
+        ordered = sorted(tensors, key=lambda t: (-t["nbytes"], t["name"]))
+        rows = [
+            (t["name"], "x".join(map(str, t["shape"])), f"{t['nbytes']:,}", t["used_by"])
+            for t in ordered
+        ]
+        parts.append(_table(("float constant", "shape", "bytes", "used by"), rows))
+    if not left and not tensors:
+        parts.append("Nothing: every weight of two or more axes is packed.")
+    return "\n\n".join(parts)
+
+
+def _calibration(
+    calibration: Mapping[str, Any] | None, correction: Mapping[str, Any] | None
+) -> str:
+    if calibration is None:
+        return (
+            "## Calibration\n\nNone. Formats were chosen by weight error alone: nothing was measured on the network, "
+            "so the predicted losses only rank layers."
+        )
+    text = "## Calibration\n\n" + _table(
+        ("", ""), [(k.replace("_", " "), _number(v)) for k, v in calibration.items()]
+    )
+    if correction is None:
+        return text
+    rows = [(k.replace("_", " "), _number(v)) for k, v in correction.items()]
+    return text + "\n\n### Bias correction\n\n" + _table(("", ""), rows)
+
+
+def _provenance(report: Mapping[str, Any]) -> str:
+    rows = []
+    for name in ("source", "output"):
+        facts = report[name]
+        if facts is not None:
+            rows += [(f"{name} {k.replace('_', ' ')}", _number(v)) for k, v in facts.items()]
+    rows += [("objective", _number(report["objective"]))] if report["objective"] else []
+    rows += [(k.replace("_", " "), _number(v)) for k, v in report["checks"].items()]
+    rows += [(f"{k}, seconds", f"{v:.1f}") for k, v in report["seconds"].items()]
+    rows += [(k, str(v)) for k, v in report["environment"].items()]
+    text = "## How it was made\n\n"
+    if report["command"]:
+        text += f"```\n{report['command']}\n```\n\n"
+    return text + _table(("", ""), rows)
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(columns)
+    lines = [_row(head), _row(["---"] * len(head))]
+    return "\n".join([*lines, *(_row(cell.replace("|", "\\|") for cell in row) for row in rows)])
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "source tree" if name == "afpq" else "not installed"
