@@ -8,9 +8,16 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -18,17 +25,31 @@ __all__ = [
     "StageProgress",
     "format_bytes",
     "format_ratio",
+    "json_option",
     "note",
     "parse_size",
     "print_json",
     "print_line",
     "print_table",
+    "threads_option",
 ]
 
 _SHOW_AFTER_S = 2.0  # faster stages show nothing on a terminal
 _REPEAT_S = 10.0  # off a terminal, a line at most this often inside a stage
 _WIDE = 200  # columns of a table that is piped into a file
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else."
+)
+threads_option = click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Threads to use; 0 means one a core. Results do not depend on it.",
+)
 
 
 def parse_size(text: str) -> int:

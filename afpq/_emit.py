@@ -1,8 +1,8 @@
 """Replaces the nodes of a graph by operators of the domain `afpq`, one layer at a time.
 
-The operators take and give float32: a float16 layer gets a Cast on either side. Attributes that have their default value
-are left out, and new tensors have the shortest names (q0 codes, s0 scales, b0 bias): the nodes keep the layers' names,
-and in a small network every name shows in the size of the file.
+The operators take and give float32: a float16 layer gets a Cast on either side. Attributes with their default value are
+left out, and new tensors have the shortest names (q0 codes, s0 scales, b0 bias): the nodes keep the layers' names, and
+in a small network every name shows in the size of the file.
 """
 
 import math
@@ -27,7 +27,7 @@ DOMAIN = "afpq"
 Floats = npt.NDArray[np.float32]
 
 
-def pack_scale(fmt: AfpFormat, scale: Floats, kind: str, *, name: str = "") -> ir.Tensor:
+def pack_scale(fmt: AfpFormat, scale: Floats, kind: str, *, name: str = "") -> ir.TensorProtocol:
     """Scales as the tensor that is stored: bfloat16 (`real`) or int8 exponent biases (`integer`), same shape.
 
     Raises:
@@ -249,7 +249,7 @@ class Emitter:
         name = self._fresh(name)
         return self._register(name, ir.Tensor(array, name=name))
 
-    def _register(self, name: str, tensor: ir.Tensor) -> ir.Value:
+    def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.val(name, const_value=tensor)
         self._graph.register_initializer(value)
         return value
@@ -279,7 +279,7 @@ class Emitter:
             return
         node = value.producer()
         if node is None:
-            if value.is_initializer() and value.name in self._graph.initializers:
+            if value.is_initializer() and value.name and value.name in self._graph.initializers:
                 del self._graph.initializers[value.name]
                 if value.is_graph_input():
                     self._graph.inputs.remove(value)

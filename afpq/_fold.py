@@ -28,7 +28,9 @@ class Constants:
             return None
         node = value.producer()
         if node is None:
-            return value.const_value.numpy() if _is_initializer(value) else None
+            if value.const_value is None or not value.is_initializer():
+                return None
+            return np.asarray(value.const_value.numpy())
         if value not in self._folded:
             self._folded[value] = self._evaluate(node, depth)
         return self._folded[value]
@@ -91,10 +93,6 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
     return list(found.value) if isinstance(found.value, (list, tuple)) else found.value
 
 
-def _is_initializer(value: ir.Value) -> bool:
-    return value.const_value is not None and value.is_initializer()
-
-
 def _constant(node: ir.Node) -> Array | None:
     for name, found in node.attributes.items():
         if name == "value":
@@ -122,7 +120,7 @@ def _axes(node: ir.Node, operands: list[Any]) -> list[int] | None:
 
 def _squeeze(node: ir.Node, operands: list[Any]) -> Array:
     axes = _axes(node, operands)
-    return np.squeeze(operands[0], axis=None if axes is None else tuple(axes))
+    return np.asarray(np.squeeze(operands[0], axis=None if axes is None else tuple(axes)))
 
 
 def _unsqueeze(node: ir.Node, operands: list[Any]) -> Array:

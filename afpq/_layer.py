@@ -69,12 +69,12 @@ class Layer:
     @property
     def n(self) -> int:
         """Output channels, or rows of a table."""
-        return self.weight.shape[0]
+        return int(self.weight.shape[0])
 
     @property
     def k(self) -> int:
         """Products in one output, or columns of a table."""
-        return self.weight.shape[1]
+        return int(self.weight.shape[1])
 
     @property
     def num_weights(self) -> int:

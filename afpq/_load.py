@@ -10,7 +10,6 @@ import onnx
 import onnx.inliner
 import onnx.version_converter
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from afpq.errors import ModelError
 
@@ -72,11 +71,13 @@ def _parse(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise ModelError(f"{path}: is a directory, not an ONNX file")
     proto = onnx.ModelProto()
+    if path.stat().st_size >= 2**31:
+        raise ModelError(f"{path}: 2 GB or more in one file; save it with external data")
     try:
         proto.ParseFromString(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except DecodeError as error:
+    except Exception as error:  # protobuf has a kind of its own
         raise ModelError(f"{path}: not an ONNX model, or cut short") from error
     if proto.ir_version <= 0 or not (proto.graph.node or proto.graph.output):
         raise ModelError(f"{path}: not an ONNX model, or cut short")

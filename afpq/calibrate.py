@@ -29,7 +29,7 @@ from afpq.runtime import FloatModel
 __all__ = ["HISTOGRAM_LOWEST", "Stats", "TensorStats", "calibrate"]
 
 Floats = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]  # samples done, samples in all
+Progress = Callable[[str, int, int], None]  # stage, samples done, samples in all
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_LOWEST = -40  # bin i counts HISTOGRAM_LOWEST + i <= log2|x| < HISTOGRAM_LOWEST + i + 1
@@ -165,8 +165,12 @@ def calibrate(
                 _merge(folded, fold)
                 done += count
                 if progress is not None:
-                    progress(min(done, total), total)
-    layers = {layer.name: view.finish(folded[view.tensor], layer) for view in views for layer in view.layers}
+                    progress("calibrate", min(done, total), total)
+    layers = {
+        layer.name: view.finish(folded[view.tensor], layer)
+        for view in views
+        for layer in view.layers
+    }
     ordered = {layer.name: layers[layer.name] for layer in model.layers if layer.name in layers}
     return Stats(ordered, opened.num_samples, opened.fingerprint())
 
@@ -192,7 +196,8 @@ class _View:
     def finish(self, fold: "_Fold", layer: Layer) -> TensorStats:
         sums = fold.sums[self.k_axis, self.conv]
         mean, second = (
-            _stored_order(part / max(sums.count, 1), layer.groups) for part in (sums.values, sums.squares)
+            _stored_order(part / max(sums.count, 1), layer.groups)
+            for part in (sums.values, sums.squares)
         )
         return TensorStats(sums.count, mean, second, fold.low, fold.high, fold.histogram)
 
@@ -228,7 +233,10 @@ def _passes(network: FloatModel, data: Data, tensors: list[str]) -> list[tuple[l
             passes.append(([], 0))
         names, used = passes[-1]
         passes[-1] = ([*names, name], used + array.nbytes)
-    return [(names, min(MAX_BATCH, samples * max(1, FETCH_BYTES // max(used, 1)))) for names, used in passes]
+    return [
+        (names, min(MAX_BATCH, samples * max(1, FETCH_BYTES // max(used, 1))))
+        for names, used in passes
+    ]
 
 
 def _in_order(
@@ -288,7 +296,9 @@ def _merge(folded: dict[str, _Fold], new: Mapping[str, _Fold]) -> None:
         for key, sums in fold.sums.items():
             before = old.sums[key]
             old.sums[key] = _Sums(
-                before.count + sums.count, before.values + sums.values, before.squares + sums.squares
+                before.count + sums.count,
+                before.values + sums.values,
+                before.squares + sums.squares,
             )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "PackedLayer",
     "PackedModel",
     "checksum",
+    "describe_packed",
     "file_bytes",
     "is_packed",
     "read_ir",
@@ -170,8 +171,17 @@ def read_packed(path: str | Path) -> PackedModel:
     Raises:
         ModelError: the file cannot be read, is not packed by afpq, or a node of it is malformed.
     """
-    model = read_ir(path)
     path = Path(path)
+    model = read_ir(path)
+    return describe_packed(model, path, file_bytes(path, model))
+
+
+def describe_packed(model: ir.Model, path: Path, num_bytes: int) -> PackedModel:
+    """The same for a model in memory; `path` is for messages.
+
+    Raises:
+        ModelError: the model is not packed by afpq, or a node of it is malformed.
+    """
     if not is_packed(model):
         raise ModelError(f"{path}: not a packed model (no operator of the domain afpq)")
     version = model.metadata_props.get("afpq.spec_version", SPEC_VERSION)
@@ -183,7 +193,7 @@ def read_packed(path: str | Path) -> PackedModel:
         layers=layers,
         floats=_floats(model),
         metadata=dict(model.metadata_props),
-        file_bytes=file_bytes(path, model),
+        file_bytes=num_bytes,
         graph=model,
     )
 

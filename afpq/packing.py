@@ -124,10 +124,9 @@ class PackedTensor:
                 f"packed data of [{self.n}, {self.k}] at {self.format.bits} bits has {expected} bytes, "
                 f"got shape {self.data.shape}"
             )
+        shapes: list[tuple[int, ...]] = [(self.n,), (1,)]
         if self.group_size:
             shapes = [(-(-self.k // self.group_size), self.n)]
-        else:
-            shapes = [(self.n,), (1,)]
         if self.scale.shape not in shapes:
             raise FormatError(f"scale of shape {self.scale.shape} is not one of {shapes}")
 

@@ -99,6 +99,6 @@ lint() {
   ruff check .
   ruff format --check .
   mypy
-  find csrc -name '*.cc' -o -name '*.h' | xargs clang-format --dry-run -Werror
+  find csrc -name '*.cc' -o -name '*.h' -o -name '*.inc' | xargs clang-format --dry-run -Werror
   codespell
 }

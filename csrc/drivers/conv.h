@@ -1,8 +1,8 @@
 // Convolution of any rank 1..3 with strides, pads, dilations and groups, on channel-first float tensors.
 //
 // Two paths. `gemm`: each sample is rounded to byte planes and turned channel-last, then taps are read in place through
-// offsets (or patches are gathered when the channels of a tap are not a multiple of 4). `planar`: depthwise and
-// grouped convolutions whose groups do not fill tiles of 16 run on the float planes themselves, one channel at a time.
+// offsets (or patches are gathered when the channels of a tap are not a multiple of 4). `planar`: depthwise and small
+// convolutions run on the float planes themselves, one output channel at a time.
 #pragma once
 
 #include "drivers/gemm.h"
@@ -28,13 +28,12 @@ struct ConvShape {
   size_t group_out() const { return channels_out / groups; }
 };
 
-// Whether a convolution runs on float planes. Depends on the weight's shape only, so it is known at load.
-inline bool conv_is_planar(size_t channels_out, size_t groups) {
-  return groups > 1 && channels_out / groups % kTileN != 0;
-}
-// The same for groups that fill tiles but whose taps cannot be read in place.
+// Whether a convolution runs on float planes, which its attributes decide: groups do not fill tiles of 16 channels, or
+// their taps cannot be read in place, or there is so little to multiply (the first layer of an image network) that
+// rounding and gathering would cost more than the products.
 inline bool conv_is_planar(const ConvShape& shape) {
-  return conv_is_planar(shape.channels_out, shape.groups) || (shape.groups > 1 && shape.group_in() % kTileK != 0);
+  if (shape.groups == 1) return shape.channels_in < kTileK && shape.channels_in * shape.num_taps() <= 64;
+  return shape.group_out() % kTileN != 0 || shape.group_in() % kTileK != 0;
 }
 
 struct Conv {

@@ -58,9 +58,16 @@ void cut_row(const ConvShape& shape, const Phases& phases, const float* row, siz
     return;
   }
   for (size_t phase = 0; phase < sx; ++phase) {
-    float* line = base + phase * phases.plane;
     const size_t first = pad <= phase ? phase : phase + ceil_div(pad - phase, sx) * sx;
-    for (size_t x = first; x < limit; x += sx) line[x / sx] = row[x - pad];
+    if (first >= limit) continue;
+    float* line = base + phase * phases.plane + first / sx;
+    const float* from = row + (first - pad);
+    const size_t count = ceil_div(limit - first, sx);
+    if (sx == 2) {  // a constant step, so that the compiler makes shuffles of it
+      for (size_t i = 0; i < count; ++i) line[i] = from[2 * i];
+    } else {
+      for (size_t i = 0; i < count; ++i) line[i] = from[sx * i];
+    }
   }
 }
 
@@ -73,6 +80,10 @@ void cut_plane(const ConvShape& shape, const Phases& phases, const float* src, f
   }
 }
 
+size_t phases_size(const ConvShape& shape, const Phases& phases) {
+  return shape.group_in() * phases.num_phases * phases.plane;
+}
+
 struct Workspace {
   float* phases;        // [group_in][num_phases][plane], zero wherever no input lands
   float* line;          // outputs of a plane with the columns to drop
@@ -80,17 +91,19 @@ struct Workspace {
   float* weights;       // [k]
 };
 
-Workspace make_workspace(const ConvShape& shape, const Phases& phases, size_t k) {
-  const size_t size = shape.group_in() * phases.num_phases * phases.plane;
+// `phases_in` holds the phases of the only group, or is null: then room for the phases of one group is taken.
+Workspace make_workspace(const ConvShape& shape, const Phases& phases, size_t k, float* phases_in) {
+  const size_t size = phases_in ? 0 : phases_size(shape, phases);
   Scratch& scratch = task_scratch();
   using S = Scratch;
   scratch.reset(S::room<float>(size) + S::room<float>(phases.plane) + S::room<float*>(k) + S::room<float>(k));
   Workspace work;
-  work.phases = scratch.take<float>(size);
+  float* own = scratch.take<float>(size);
+  work.phases = phases_in ? phases_in : own;
   work.line = scratch.take<float>(phases.plane);
   work.taps = scratch.take<const float*>(k);
   work.weights = scratch.take<float>(k);
-  std::fill(work.phases, work.phases + size, 0.0f);
+  std::fill(own, own + size, 0.0f);
   // Stored order: k = tap * channels_per_group + channel.
   const float** tap = work.taps;
   for (size_t z = 0; z < shape.kernel[0]; ++z) {
@@ -124,28 +137,55 @@ void run_channel(const Conv& op, const ConvShape& shape, const Phases& phases, s
   for (size_t i = 0; i < weight.k; ++i) work.taps[i] -= shape.out[0] * rows * row;
 }
 
+void cut_group(const ConvShape& shape, const Phases& phases, const float* src, float* dst) {
+  for (size_t c = 0; c < shape.group_in(); ++c) {
+    cut_plane(shape, phases, src + c * shape.num_in(), dst + c * phases.num_phases * phases.plane);
+  }
+}
+
+// One group: its planes are cut once, its output channels are shared out.
+void run_one_group(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src, size_t batch,
+                   float* dst, const Parallel& parallel) {
+  const size_t size = phases_size(shape, phases);
+  layer_scratch().reset(Scratch::room<float>(size));
+  float* cut = layer_scratch().take<float>(size);
+  std::fill(cut, cut + size, 0.0f);
+  const size_t step = std::max<size_t>(1, ceil_div(shape.channels_out, 8));
+  for (size_t sample = 0; sample < batch; ++sample) {
+    cut_group(shape, phases, src + sample * shape.channels_in * shape.num_in(), cut);
+    parallel_for(parallel, ceil_div(shape.channels_out, step), [&](size_t task) {
+      const Workspace work = make_workspace(shape, phases, op.weight->k, cut);
+      for (size_t c = task * step; c < std::min(shape.channels_out, (task + 1) * step); ++c) {
+        run_channel(op, shape, phases, c, work, dst + (sample * shape.channels_out + c) * shape.num_out());
+      }
+    });
+  }
+}
+
+// Many groups: each task cuts and uses one group after another, so the planes stay in its cache.
+void run_groups(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src, size_t batch,
+                float* dst, const Parallel& parallel) {
+  const size_t total = batch * shape.groups, work_of_one = phases.plane * op.weight->k * shape.group_out();
+  const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), (size_t{1} << 18) / work_of_one));
+  parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
+    const Workspace work = make_workspace(shape, phases, op.weight->k, nullptr);
+    for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {
+      cut_group(shape, phases, src + i * shape.group_in() * shape.num_in(), work.phases);
+      for (size_t c = 0; c < shape.group_out(); ++c) {
+        run_channel(op, shape, phases, i % shape.groups * shape.group_out() + c, work,
+                    dst + (i * shape.group_out() + c) * shape.num_out());
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
                  const Parallel& parallel) {
   const Phases phases = phases_of(shape);
-  const size_t total = batch * shape.groups;
-  const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), (size_t{1} << 18) / (phases.plane * op.weight->k)));
-  parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
-    const Workspace work = make_workspace(shape, phases, op.weight->k);
-    for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {
-      const size_t sample = i / shape.groups, group = i % shape.groups;
-      for (size_t c = 0; c < shape.group_in(); ++c) {
-        const float* plane = src + (sample * shape.channels_in + group * shape.group_in() + c) * shape.num_in();
-        cut_plane(shape, phases, plane, work.phases + c * phases.num_phases * phases.plane);
-      }
-      for (size_t c = 0; c < shape.group_out(); ++c) {
-        const size_t channel = group * shape.group_out() + c;
-        run_channel(op, shape, phases, channel, work,
-                    dst + (sample * shape.channels_out + channel) * shape.num_out());
-      }
-    }
-  });
+  const auto run = shape.groups == 1 ? run_one_group : run_groups;
+  run(op, shape, phases, src, batch, dst, parallel);
 }
 
 }  // namespace afpq

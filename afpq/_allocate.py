@@ -1,0 +1,151 @@
+"""One option for every group under a budget of bits, with the least sum of losses: an exact multiple-choice knapsack."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, sparse
+
+from afpq.errors import PlanError
+
+__all__ = ["Option", "allocate"]
+
+# The solver stops at absolute gaps of 1e-6: objectives are scaled so that this is far below what a loss means.
+_OBJECTIVE_RANGE = 1e5
+_MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one choice costs: stored bits and loss."""
+
+    storage_bits: int
+    loss: float
+
+
+def allocate(options: Sequence[Sequence[Option]], budget_bits: int) -> list[int]:
+    """The index of the chosen option in every group; the sum of bits never exceeds the budget.
+
+    Deterministic; among options of equal bits and loss the first counts.
+
+    Raises:
+        PlanError: a group has no option, a loss is not finite, or even the smallest options exceed the budget.
+    """
+    for index, group in enumerate(options):
+        if not group:
+            raise PlanError(f"group {index} has no option")
+        if not all(math.isfinite(o.loss) for o in group):
+            raise PlanError(f"group {index} has a loss that is not finite")
+    smallest = sum(min(o.storage_bits for o in group) for group in options)
+    if smallest > budget_bits:
+        raise PlanError(f"a budget of {budget_bits} bits is too small: {smallest} is the minimum")
+    fronts = [_front(group) for group in options]
+    greedy = _greedy(options, fronts, budget_bits)
+    exact = _solve(options, fronts, greedy, budget_bits)
+    return min((exact, greedy), key=lambda choice: _loss(options, choice))
+
+
+def _front(group: Sequence[Option]) -> list[int]:
+    """Options that no other beats, by rising bits and falling loss."""
+    order = sorted(range(len(group)), key=lambda j: (group[j].storage_bits, group[j].loss, j))
+    front: list[int] = []
+    for j in order:
+        if not front or group[j].loss < group[front[-1]].loss:
+            front.append(j)
+    return front
+
+
+def _greedy(
+    options: Sequence[Sequence[Option]], fronts: list[list[int]], budget_bits: int
+) -> list[int]:
+    """From the smallest options upwards, always the step with the most loss saved per bit."""
+    position = [0] * len(fronts)
+    room = budget_bits - sum(g[f[0]].storage_bits for g, f in zip(options, fronts, strict=True))
+
+    def steps(index: int) -> list[tuple[float, int, int, int]]:
+        group, front = options[index], fronts[index]
+        here = group[front[position[index]]]
+        result = []
+        for p in range(position[index] + 1, len(front)):
+            bits = group[front[p]].storage_bits - here.storage_bits
+            if bits <= room:
+                result.append(((here.loss - group[front[p]].loss) / bits, -index, p, bits))
+        return result
+
+    while True:
+        best = max((s for i in range(len(fronts)) for s in steps(i)), default=None)
+        if best is None:
+            return [front[p] for front, p in zip(fronts, position, strict=True)]
+        position[-best[1]] = best[2]
+        room -= best[3]
+
+
+def _solve(
+    options: Sequence[Sequence[Option]],
+    fronts: list[list[int]],
+    greedy: list[int],
+    budget_bits: int,
+) -> list[int]:
+    """The integer program over options that can be part of a solution better than the greedy one."""
+    least = [group[front[-1]].loss for group, front in zip(options, fronts, strict=True)]
+    slack = _loss(options, greedy) - math.fsum(least)
+    if slack <= 0:
+        return greedy
+    kept = [
+        [j for j in front if group[j].loss - low <= slack * (1 + 1e-9)]
+        for group, front, low in zip(options, fronts, least, strict=True)
+    ]
+    owner = np.repeat(np.arange(len(kept)), [len(front) for front in kept])
+    flat = [(i, j) for i, front in enumerate(kept) for j in front]
+    base = [min(options[i][j].storage_bits for j in front) for i, front in enumerate(kept)]
+    bits = np.array([options[i][j].storage_bits - base[i] for i, j in flat], np.int64)
+    loss = np.array([(options[i][j].loss - least[i]) / slack for i, j in flat])
+    one_each = sparse.csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
+    room = budget_bits - sum(base)
+    unit = int(np.gcd.reduce(bits)) or 1
+    limit = room // unit
+    for _ in range(_MAX_ATTEMPTS):
+        chosen = _milp(loss, bits // unit, one_each, limit)
+        if chosen is None:
+            break
+        over = int((bits[chosen] // unit).sum()) - room // unit
+        if over <= 0:
+            return [flat[v][1] for v in chosen]
+        limit -= over  # the solver's tolerance let it through
+    return greedy
+
+
+def _milp(
+    loss: npt.NDArray[np.float64],
+    bits: npt.NDArray[np.int64],
+    one_each: Any,
+    limit: int,
+) -> npt.NDArray[np.int64] | None:
+    """The chosen variable of every group, or None if the solver finds nothing."""
+    result = optimize.milp(
+        loss * _OBJECTIVE_RANGE,
+        integrality=np.ones(len(loss)),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(bits[None].astype(np.float64), -np.inf, limit),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        return None
+    owner = one_each.tocsr()
+    return np.array(
+        [
+            owner.indices[a:b][np.argmax(result.x[owner.indices[a:b]])]
+            for a, b in zip(owner.indptr[:-1], owner.indptr[1:], strict=True)
+        ],
+        np.int64,
+    )
+
+
+def _loss(options: Sequence[Sequence[Option]], choice: Sequence[int]) -> float:
+    return math.fsum(group[j].loss for group, j in zip(options, choice, strict=True))

@@ -1,0 +1,338 @@
+"""Compares two models on the same data: accuracy, agreement, KL divergence, SQNR, cosine, per output and per layer.
+
+Everything is streamed: only sums are kept of the outputs. Errors that come with a number are standard errors, binomial
+for shares. What an output means (`kind`) is found in the reference's first batch, see `_metrics.output_kind`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from afpq import _metrics
+from afpq.data import Data, open_data
+from afpq.errors import DataError, ModelError
+from afpq.packed import DOMAIN, file_bytes, read_ir
+from afpq.runtime import session
+
+__all__ = ["Comparison", "LayerComparison", "OutputComparison", "compare"]
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]  # stage, samples done, samples in all
+Source = str | Path | ort.InferenceSession
+
+BATCH = 16
+BATCH_WITH_LAYERS = 2  # all layers' outputs of both models are held at once
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """One output; None where a number has no meaning for its `kind`.
+
+    `num_rows` counts decisions: samples of a classifier, tokens of a language model. top1 and top5 need labels.
+    """
+
+    name: str
+    kind: str  # distribution, logits, values, integers, or varying (shapes differ between the models)
+    num_rows: int
+    top1_reference: float | None = None
+    top1: float | None = None
+    top1_stderr: float | None = None
+    top5_reference: float | None = None
+    top5: float | None = None
+    agreement: float | None = None  # share of rows with the same best class (integers: of equal elements)
+    agreement_stderr: float | None = None
+    kl: float | None = None  # KL(reference || quantized), mean over rows, nats
+    kl_stderr: float | None = None
+    cosine: float | None = None  # mean over samples
+    cosine_min: float | None = None
+    sqnr_db: float | None = None  # infinity if equal
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """The output of one packed layer (with what is fused into it) against the same tensor of the reference."""
+
+    name: str
+    output_name: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same data."""
+
+    num_samples: int
+    outputs: tuple[OutputComparison, ...]
+    layers: tuple[LayerComparison, ...]
+    reference_bytes: int | None  # None for a session: no file is known
+    quantized_bytes: int | None
+    preprocess: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; an infinite SQNR (equal outputs) is None."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def compare(
+    reference: Source,
+    quantized: Source,
+    data: object,
+    *,
+    preprocess: str | None = None,
+    limit: int | None = None,
+    layers: bool = False,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Runs both models (files or sessions) over the data (a `Data`, or anything `open_data` takes).
+
+    `layers` also compares the output of every packed layer; it needs files.
+
+    Raises:
+        ModelError: a model cannot be run, the two do not have the same outputs, or one gives NaN.
+        DataError: the data does not fit the reference, or a label is beyond its classes.
+    """
+    tensors = _layer_tensors(reference, quantized) if layers else {}
+    extra = list(tensors.values())
+    first = _open(reference, extra, threads)
+    second = _open(quantized, extra, threads)
+    names = _common_outputs(first, second, extra)
+    opened = open_data(data, first.get_inputs(), preprocess=preprocess, limit=limit)
+    outputs = {name: _Tally(name) for name in names}
+    inner = {name: _Energy() for name in extra}
+    done = 0
+    for feed in opened.batches(BATCH_WITH_LAYERS if layers else BATCH):
+        count = opened.count(feed)
+        labels = None if opened.labels is None else opened.labels[done : done + count]
+        pairs = zip(_run(first, names + extra, feed), _run(second, names + extra, feed), strict=True)
+        for name, (a, b) in zip(names + extra, pairs, strict=True):
+            if name in outputs:
+                outputs[name].add(a, b, labels)
+            else:
+                inner[name].add(a, b)
+        done += count
+        if progress is not None:
+            progress("compare", done, opened.num_samples)
+    return Comparison(
+        num_samples=done,
+        outputs=tuple(tally.result() for tally in outputs.values()),
+        layers=tuple(
+            LayerComparison(layer, name, inner[name].sqnr_db()) for layer, name in tensors.items()
+        ),
+        reference_bytes=_bytes(reference),
+        quantized_bytes=_bytes(quantized),
+        preprocess=None if opened.preprocess is None else str(opened.preprocess),
+    )
+
+
+@dataclass
+class _Energy:
+    """Sums of squares of a tensor and of its error; elements that are not finite in both are left out."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: Array, other: Array) -> None:
+        if reference.shape != other.shape:
+            self.noise = math.nan
+            return
+        a, b = reference.astype(np.float64).reshape(-1), other.astype(np.float64).reshape(-1)
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not finite.all():
+            a, b = a[finite], b[finite]
+        self.signal += float(np.square(a).sum())
+        self.noise += float(np.square(a - b).sum())
+
+    def sqnr_db(self) -> float:
+        return _metrics.sqnr_db(self.signal, self.noise)
+
+
+@dataclass
+class _Mean:
+    """Running mean with its standard error."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    low: float = math.inf
+
+    def add(self, values: Array) -> None:
+        wide = np.asarray(values, np.float64)
+        self.count += wide.size
+        self.total += float(wide.sum())
+        self.squares += float(np.square(wide).sum())
+        self.low = min(self.low, float(wide.min(initial=math.inf)))
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+    @property
+    def stderr(self) -> float | None:
+        """Of a share this is the binomial sqrt(p (1 - p) / n)."""
+        if not self.count:
+            return None
+        mean = self.total / self.count
+        return math.sqrt(max(self.squares / self.count - mean * mean, 0.0) / self.count)
+
+
+@dataclass
+class _Tally:
+    """What is kept of one output."""
+
+    name: str
+    kind: str = ""
+    energy: _Energy = field(default_factory=_Energy)
+    means: dict[str, _Mean] = field(default_factory=dict)
+    num_rows: int = 0
+
+    def add(self, reference: Array, other: Array, labels: npt.NDArray[np.int64] | None) -> None:
+        self.kind = self.kind or _metrics.output_kind(self.name, reference)
+        if reference.shape != other.shape or reference.dtype.kind not in "fiub":
+            self.kind = "varying"
+        if self.kind == "varying":
+            return
+        if self.kind == "integers":
+            self.num_rows += reference.size
+            self._mean("agreement").add(reference == other)
+            return
+        self._check(reference, other)
+        self.energy.add(reference, other)
+        a, b = _metrics.as_rows(reference, self.kind), _metrics.as_rows(other, self.kind)
+        self.num_rows += len(a)
+        if self.kind == "values":
+            self._mean("cosine").add(_metrics.cosines(a, b))
+            return
+        self._mean("agreement").add(a.argmax(-1) == b.argmax(-1))
+        self._mean("kl").add(_metrics.kl_divergence(a, b, self.kind))
+        if labels is not None and len(labels) == len(a):
+            self._add_labels(a, b, labels)
+
+    def _add_labels(self, a: Array, b: Array, labels: npt.NDArray[np.int64]) -> None:
+        if labels.min() < 0 or labels.max() >= a.shape[1]:
+            wrong = labels.max() if labels.max() >= a.shape[1] else labels.min()
+            raise DataError(f"label {wrong} is not in 0..{a.shape[1] - 1}, the classes of {self.name!r}")
+        for key, rows in (("reference", a), ("quantized", b)):
+            ranks = _metrics.label_ranks(rows, labels)
+            self._mean(f"top1 {key}").add(ranks < 1)
+            if a.shape[1] > 5:
+                self._mean(f"top5 {key}").add(ranks < 5)
+
+    def _check(self, reference: Array, other: Array) -> None:
+        for which, array in (("reference", reference), ("quantized model", other)):
+            if np.isnan(array).any():
+                raise ModelError(f"the {which} gives NaN in output {self.name!r}")
+
+    def _mean(self, key: str) -> _Mean:
+        return self.means.setdefault(key, _Mean())
+
+    def result(self) -> OutputComparison:
+        none = _Mean()
+        get = {key: self.means.get(key, none) for key in _MEANS}
+        sqnr = self.energy.sqnr_db() if self.kind in ("distribution", "logits", "values") else None
+        cosine = get["cosine"]
+        return OutputComparison(
+            name=self.name,
+            kind=self.kind,
+            num_rows=0 if self.kind == "varying" else self.num_rows,
+            top1_reference=get["top1 reference"].mean,
+            top1=get["top1 quantized"].mean,
+            top1_stderr=get["top1 quantized"].stderr,
+            top5_reference=get["top5 reference"].mean,
+            top5=get["top5 quantized"].mean,
+            agreement=get["agreement"].mean,
+            agreement_stderr=get["agreement"].stderr,
+            kl=get["kl"].mean,
+            kl_stderr=get["kl"].stderr,
+            cosine=cosine.mean,
+            cosine_min=cosine.low if cosine.count else None,
+            sqnr_db=sqnr,
+        )
+
+
+_MEANS = (
+    "top1 reference",
+    "top1 quantized",
+    "top5 reference",
+    "top5 quantized",
+    "agreement",
+    "kl",
+    "cosine",
+)
+
+
+def _open(model: Source, extra: list[str], threads: int) -> ort.InferenceSession:
+    if isinstance(model, ort.InferenceSession):
+        return model
+    if not extra:
+        return session(model, threads=threads)
+    graph = read_ir(model)
+    present = {value.name: value for node in graph.graph for value in node.outputs}
+    graph.graph.outputs.extend(
+        present[name] for name in extra if not present[name].is_graph_output()
+    )
+    try:
+        loaded = ir.external_data.load_to_model(graph)
+        content = ir.to_proto(loaded).SerializeToString()
+    except ValueError as error:  # protobuf's limit
+        raise ModelError(f"{model}: layers can be compared only in models below 2 GB") from error
+    return session(content, threads=threads)
+
+
+def _layer_tensors(reference: Source, quantized: Source) -> dict[str, str]:
+    """Packed layers by name and the tensor each writes, where the reference has a tensor of that name."""
+    if isinstance(reference, ort.InferenceSession) or isinstance(quantized, ort.InferenceSession):
+        raise ModelError("layers can be compared only between model files, not sessions")
+    known = {value.name for node in read_ir(reference).graph for value in node.outputs}
+    result = {}
+    for node in read_ir(quantized).graph:
+        name = node.outputs[0].name if node.outputs else None
+        if node.domain == DOMAIN and node.op_type != "Unpack" and name in known:
+            result[node.name or str(name)] = str(name)
+    return result
+
+
+def _common_outputs(
+    first: ort.InferenceSession, second: ort.InferenceSession, extra: list[str]
+) -> list[str]:
+    ours, theirs = ([o.name for o in s.get_outputs()] for s in (first, second))
+    wanted = [name for name in ours if name not in extra]
+    missing = [name for name in wanted if name not in theirs]
+    if missing:
+        raise ModelError(
+            f"the quantized model has no output {missing[0]!r}; it has {', '.join(theirs)}"
+        )
+    return wanted
+
+
+def _run(model: ort.InferenceSession, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
+    taken = {entry.name for entry in model.get_inputs()}
+    if not taken <= set(feed):
+        raise ModelError(
+            f"the models have different inputs: {', '.join(sorted(taken))} and {', '.join(feed)}"
+        )
+    try:
+        return list(model.run(names, {name: feed[name] for name in taken}))
+    except Exception as error:  # onnxruntime has a kind of its own for every status
+        raise ModelError(f"onnxruntime cannot run the model: {' '.join(str(error).split())}") from error
+
+
+def _bytes(model: Source) -> int | None:
+    return None if isinstance(model, ort.InferenceSession) else file_bytes(model)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

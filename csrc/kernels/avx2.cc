@@ -1,0 +1,226 @@
+// The kernel table for AVX2 with FMA and BMI2. Ends go through masked loads and stores or short copies, so nothing is
+// read or written beyond what kernels.h documents.
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr size_t kLanes = 8;
+
+[[gnu::always_inline]] inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+[[gnu::always_inline]] inline __m256i first_lanes(size_t count) {
+  static constexpr int32_t kMasks[2 * kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMasks + kLanes - count));
+}
+
+// Vectors of up to 8 elements; those beyond `count` are zero or not written.
+[[gnu::always_inline]] inline __m256 load(const float* src, size_t count) {
+  return count >= kLanes ? _mm256_loadu_ps(src) : _mm256_maskload_ps(src, first_lanes(count));
+}
+[[gnu::always_inline]] inline __m256i load(const int32_t* src, size_t count) {
+  return count >= kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))
+                         : _mm256_maskload_epi32(src, first_lanes(count));
+}
+[[gnu::always_inline]] inline void store(float* dst, size_t count, __m256 value) {
+  if (count >= kLanes) {
+    _mm256_storeu_ps(dst, value);
+  } else {
+    _mm256_maskstore_ps(dst, first_lanes(count), value);
+  }
+}
+
+// The second operand stays when it is NaN or when both are zeros, as in the reference.
+[[gnu::always_inline]] inline __m256 clamp(__m256 value, __m256 low, __m256 high) {
+  return _mm256_min_ps(high, _mm256_max_ps(low, value));
+}
+
+// Codes 8 * group .. 8 * group + 7 of a tile, one a byte. They take kBits bytes; the 8 bytes read end with the tile at
+// the latest.
+template <unsigned kBits, unsigned kGroup>
+[[gnu::always_inline]] inline long long cut_group(const uint8_t* tile) {
+  constexpr unsigned kFirst = kGroup * kBits, kLast = 8 * kBits - 8, kAt = kFirst < kLast ? kFirst : kLast;
+  unsigned long long word;
+  __builtin_memcpy(&word, tile + kAt, sizeof(word));
+  return static_cast<long long>(_pdep_u64(word >> (8 * (kFirst - kAt)), 0x0101010101010101ull * ((1u << kBits) - 1)));
+}
+
+template <unsigned kBits, unsigned kHalf>
+[[gnu::always_inline]] inline __m256i cut_half(const uint8_t* tile) {
+  return _mm256_set_epi64x(cut_group<kBits, 4 * kHalf + 3>(tile), cut_group<kBits, 4 * kHalf + 2>(tile),
+                           cut_group<kBits, 4 * kHalf + 1>(tile), cut_group<kBits, 4 * kHalf>(tile));
+}
+
+// Entries of a table of 16 << kLevel bytes: vpshufb reads 4 bits of an index, blends by the sign bit do the rest.
+template <int kLevel>
+[[gnu::always_inline]] inline __m256i lookup(const int8_t* __restrict table, __m256i code, __m256i low_bits) {
+  if constexpr (kLevel == 0) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), low_bits);
+  } else {
+    return _mm256_blendv_epi8(lookup<kLevel - 1>(table, code, low_bits),
+                              lookup<kLevel - 1>(table + (8 << kLevel), code, low_bits),
+                              _mm256_slli_epi16(code, 4 - kLevel));
+  }
+}
+
+template <unsigned kBits>
+void expand_s8(const uint8_t* __restrict src, size_t num_tiles, const int8_t* __restrict table,
+               int8_t* __restrict dst) {
+  constexpr int kLevel = kBits <= 4 ? 0 : static_cast<int>(kBits) - 4;
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * kBits, dst += kTileCodes) {
+    const __m256i a = cut_half<kBits, 0>(src), b = cut_half<kBits, 1>(src);
+    __m256i* to = reinterpret_cast<__m256i*>(dst);
+    _mm256_storeu_si256(to, lookup<kLevel>(table, a, _mm256_and_si256(a, low_bits)));
+    _mm256_storeu_si256(to + 1, lookup<kLevel>(table, b, _mm256_and_si256(b, low_bits)));
+  }
+}
+
+void expand_s8_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table, int8_t* dst) {
+  static constexpr decltype(&expand_s8<2>) kExpand[] = {expand_s8<2>, expand_s8<3>, expand_s8<4>, expand_s8<5>,
+                                                        expand_s8<6>, expand_s8<7>, expand_s8<8>};
+  kExpand[bits - 2](src, num_tiles, table, dst);
+}
+
+// Byte j of dword c is the code of (channel c, step j).
+template <unsigned kBits>
+void expand_f32(const uint8_t* __restrict src, size_t num_tiles, const float* __restrict table,
+                float* __restrict dst) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * kBits, dst += kTileCodes) {
+    __m256i a = cut_half<kBits, 0>(src), b = cut_half<kBits, 1>(src);
+    for (size_t j = 0; j < kTileK; ++j) {
+      _mm256_storeu_ps(dst + j * kTileN, _mm256_i32gather_ps(table, _mm256_and_si256(a, byte), 4));
+      _mm256_storeu_ps(dst + j * kTileN + kLanes, _mm256_i32gather_ps(table, _mm256_and_si256(b, byte), 4));
+      a = _mm256_srli_epi32(a, 8);
+      b = _mm256_srli_epi32(b, 8);
+    }
+  }
+}
+
+void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table, float* dst) {
+  static constexpr decltype(&expand_f32<2>) kExpand[] = {expand_f32<2>, expand_f32<3>, expand_f32<4>, expand_f32<5>,
+                                                         expand_f32<6>, expand_f32<7>, expand_f32<8>};
+  kExpand[bits - 2](src, num_tiles, table, dst);
+}
+
+#include "avx2_gemm.inc"
+#include "avx2_layout.inc"
+
+void range_f32_avx2(const float* src, size_t count, float* low, float* high, int* finite) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  const __m256 infinity = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+  __m256 lows = _mm256_setzero_ps(), highs = lows, special = lows;
+  for (size_t i = 0; i < count; i += kLanes) {
+    // minps and maxps return the second operand for NaN and for two zeros: both bounds stay numbers and never -0.
+    const __m256 value = load(src + i, count - i);
+    lows = _mm256_min_ps(value, lows);
+    highs = _mm256_max_ps(value, highs);
+    special = _mm256_or_ps(special, _mm256_cmp_ps(_mm256_and_ps(value, magnitude), infinity, _CMP_NLT_UQ));
+  }
+  float all_lows[kLanes], all_highs[kLanes];
+  _mm256_storeu_ps(all_lows, lows);
+  _mm256_storeu_ps(all_highs, highs);
+  *low = *high = 0.0f;
+  for (size_t i = 0; i < kLanes; ++i) {
+    if (all_lows[i] < *low) *low = all_lows[i];
+    if (all_highs[i] > *high) *high = all_highs[i];
+  }
+  *finite = _mm256_movemask_ps(special) == 0;
+}
+
+// P[q] of kernels.h for up to 8 channels from c.
+template <int kLhsPlanes>
+[[gnu::always_inline]] inline __m256 plane_sum(const AfpqCombine& args, int q, size_t r, size_t c) {
+  const size_t count = args.num_channels - c;
+  const __m256i columns = load(args.column_sums[q] + c, count);
+  const int32_t* row = args.sums[q] + r * kLhsPlanes * kPanelN + c;
+  const int32_t zero_point = args.zero_points[r];
+  const auto shifted = [&](const int32_t* sums, int32_t part) {
+    const __m256i shift = _mm256_mullo_epi32(_mm256_set1_epi32(part), columns);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(load(sums, count), shift));
+  };
+  if constexpr (kLhsPlanes == 1) return shifted(row, zero_point);
+  return _mm256_fmadd_ps(shifted(row, zero_point >> 8), _mm256_set1_ps(256.0f),
+                         shifted(row + kPanelN, zero_point & 255));
+}
+
+template <int kLhsPlanes, int kRhsPlanes>
+void combine(const AfpqCombine& args) {
+  for (size_t r = 0; r < args.num_rows; ++r) {
+    for (size_t c = 0; c < args.num_channels; c += kLanes) {
+      const size_t count = args.num_channels - c;
+      float* dst = args.dst + r * kPanelN + c;
+      const __m256 scale = load(args.scales + c, count);
+      __m256 value = plane_sum<kLhsPlanes>(args, 0, r, c);
+      if constexpr (kRhsPlanes == 2) {
+        value = _mm256_fmadd_ps(plane_sum<kLhsPlanes>(args, 1, r, c), _mm256_set1_ps(256.0f), value);
+      }
+      store(dst, count,
+            args.accumulate ? _mm256_fmadd_ps(value, scale, load(dst, count)) : _mm256_mul_ps(value, scale));
+    }
+  }
+}
+
+void combine_f32_s32_avx2(const AfpqCombine* args) {
+  if (args->lhs_planes == 1) {
+    (args->rhs_planes == 1 ? combine<1, 1> : combine<1, 2>)(*args);
+  } else {
+    (args->rhs_planes == 1 ? combine<2, 1> : combine<2, 2>)(*args);
+  }
+}
+
+struct Finish {
+  __m256 scale, bias, low, high;
+  __m256 operator()(__m256 sum) const { return clamp(_mm256_fmadd_ps(sum, scale, bias), low, high); }
+};
+
+// Four vectors at a time hide the latency of the chains.
+void planar_f32_avx2(const float* const* taps, const float* weights, size_t num_taps, size_t count, float scale,
+                     float bias, float low, float high, float* dst) {
+  const Finish finish = {_mm256_set1_ps(scale), _mm256_set1_ps(bias), _mm256_set1_ps(low), _mm256_set1_ps(high)};
+  size_t x = 0;
+  for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
+    __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
+    for (size_t t = 0; t < num_taps; ++t) {
+      const float* src = taps[t] + x;
+      const __m256 weight = _mm256_set1_ps(weights[t]);
+      a = _mm256_fmadd_ps(_mm256_loadu_ps(src), weight, a);
+      b = _mm256_fmadd_ps(_mm256_loadu_ps(src + 8), weight, b);
+      c = _mm256_fmadd_ps(_mm256_loadu_ps(src + 16), weight, c);
+      d = _mm256_fmadd_ps(_mm256_loadu_ps(src + 24), weight, d);
+    }
+    _mm256_storeu_ps(dst + x, finish(a));
+    _mm256_storeu_ps(dst + x + 8, finish(b));
+    _mm256_storeu_ps(dst + x + 16, finish(c));
+    _mm256_storeu_ps(dst + x + 24, finish(d));
+  }
+  for (; x < count; x += kLanes) {
+    __m256 sum = _mm256_setzero_ps();
+    for (size_t t = 0; t < num_taps; ++t) {
+      sum = _mm256_fmadd_ps(load(taps[t] + x, count - x), _mm256_set1_ps(weights[t]), sum);
+    }
+    store(dst + x, count - x, finish(sum));
+  }
+}
+
+}  // namespace
+
+const AfpqKernels kAfpqKernelsAvx2 = {
+    "avx2",
+    expand_s8_afp_avx2,
+    expand_f32_afp_avx2,
+    gemm_s32_u8_s8_avx2,
+    gemm_f32_f32_f32_avx2,
+    range_f32_avx2,
+    quantize_u8_f32_avx2,
+    quantize_transpose_u8_f32_avx2,
+    transpose_f32_avx2,
+    combine_f32_s32_avx2,
+    store_f32_avx2,
+    planar_f32_avx2,
+};
