@@ -5,8 +5,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -21,8 +22,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from afpq.errors import AfpqError
+
 __all__ = [
     "StageProgress",
+    "check_output",
+    "check_report_suffix",
+    "data_options",
     "format_bytes",
     "format_ratio",
     "json_option",
@@ -33,6 +39,8 @@ __all__ = [
     "print_table",
     "threads_option",
 ]
+
+REPORT_SUFFIXES = (".md", ".json")
 
 _SHOW_AFTER_S = 2.0  # faster stages show nothing on a terminal
 _REPEAT_S = 10.0  # off a terminal, a line at most this often inside a stage
@@ -50,6 +58,54 @@ threads_option = click.option(
     metavar="N",
     help="Threads to use; 0 means one a core. Results do not depend on it.",
 )
+
+
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how data is read."""
+    limit = click.option(
+        "--samples", type=click.IntRange(min=1), metavar="N", help="Use at most N samples."
+    )
+    preprocess = click.option(
+        "--preprocess",
+        metavar="SPEC",
+        help="How images become inputs: imagenet-torchvision, imagenet-tensorflow, "
+        "imagenet-caffe, unit, raw, or resize=256,crop=224,mean=..,std=..",
+    )
+    return preprocess(limit(command))
+
+
+def check_output(path: Path, *, force: bool, sources: Iterable[Path | None]) -> None:
+    """Refuses an output that cannot be written, before any work.
+
+    Raises:
+        UsageError: it is one of the inputs.
+        AfpqError: its folder is missing or read-only, it is a folder, or it exists and `force` is not given.
+    """
+    for source in sources:
+        if source is not None and path.exists() and source.exists() and path.samefile(source):
+            raise click.UsageError(f"{path} is an input; write to another file")
+    folder = path.parent
+    if not folder.exists():
+        raise AfpqError(f"{path}: the folder {folder} does not exist")
+    if not folder.is_dir():
+        raise AfpqError(f"{path}: {folder} is not a folder")
+    if path.is_dir():
+        raise AfpqError(f"{path}: is a folder, not a file to write")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise AfpqError(f"{path}: the folder {folder} is read-only")
+    if path.exists() and not force:
+        raise AfpqError(f"{path} exists; --force replaces it")
+
+
+def check_report_suffix(path: Path) -> None:
+    """Refuses a report of an unknown kind.
+
+    Raises:
+        UsageError: the suffix is not supported.
+    """
+    if path.suffix not in REPORT_SUFFIXES:
+        known = " and ".join(REPORT_SUFFIXES)
+        raise click.UsageError(f"report {path}: the supported suffixes are {known}")
 
 
 def parse_size(text: str) -> int:

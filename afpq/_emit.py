@@ -59,7 +59,7 @@ class Emitter:
         self._nodes = list(graph)
         self._tensors = tensors
         self._activations = activations
-        self._constants = Constants()
+        self._constants = Constants(graph)
         self._stored: dict[str, tuple[ir.Value, ir.Value]] = {}
         self._biases: dict[bytes, ir.Value] = {}
         self._taken = set(graph.initializers) | {v.name for v in graph.inputs if v.name}

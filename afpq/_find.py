@@ -62,7 +62,7 @@ class _Finder:
     def __init__(self, path: Path, model: ir.Model) -> None:
         self.path = path
         self.model = model
-        self.constants = Constants()
+        self.constants = Constants(model.graph)
         self.nodes = list(model.graph)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.names = _unique_names(self.nodes)

@@ -17,9 +17,10 @@ _MAX_DEPTH = 64  # a chain of rearrangements is short; this only stops a malform
 
 
 class Constants:
-    """Evaluates constant expressions of a model, each at most once."""
+    """Evaluates constant expressions of a graph and the graphs inside it, each at most once."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
         self._folded: dict[ir.Value, Array | None] = {}
 
     def value(self, value: ir.Value | None, depth: int = 0) -> Array | None:
@@ -51,9 +52,9 @@ class Constants:
                 yield from self.roots(operand)
 
     def uses(self, root: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-        """Every (node, input index) that reads a constant, directly or rearranged."""
+        """Every (node, input index) that reads a constant, directly or rearranged in this graph."""
         for node, index in root.uses():
-            if len(node.outputs) == 1 and self.value(node.outputs[0]) is not None:
+            if self._rearranges(node):
                 yield from self.uses(node.outputs[0])
             else:
                 yield node, index
@@ -63,10 +64,13 @@ class Constants:
         if root.is_graph_output():
             return True
         return any(
-            self.is_output(node.outputs[0])
-            for node, _ in root.uses()
-            if len(node.outputs) == 1 and self.value(node.outputs[0]) is not None
+            self.is_output(node.outputs[0]) for node, _ in root.uses() if self._rearranges(node)
         )
+
+    def _rearranges(self, node: ir.Node) -> bool:
+        if node.graph is not self._graph or len(node.outputs) != 1:
+            return False
+        return self.value(node.outputs[0]) is not None
 
     def _evaluate(self, node: ir.Node, depth: int) -> Array | None:
         if node.domain != "":

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from afpq import _metrics
-from afpq.data import Data, open_data
+from afpq.data import open_data
 from afpq.errors import DataError, ModelError
 from afpq.packed import DOMAIN, file_bytes, read_ir
 from afpq.runtime import session
@@ -25,7 +25,7 @@ __all__ = ["Comparison", "LayerComparison", "OutputComparison", "compare"]
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]  # stage, samples done, samples in all
-Source = str | Path | ort.InferenceSession
+Source: TypeAlias = str | Path | ort.InferenceSession
 
 BATCH = 16
 BATCH_WITH_LAYERS = 2  # all layers' outputs of both models are held at once
@@ -39,14 +39,18 @@ class OutputComparison:
     """
 
     name: str
-    kind: str  # distribution, logits, values, integers, or varying (shapes differ between the models)
+    kind: (
+        str  # distribution, logits, values, integers, or varying (shapes differ between the models)
+    )
     num_rows: int
     top1_reference: float | None = None
     top1: float | None = None
     top1_stderr: float | None = None
     top5_reference: float | None = None
     top5: float | None = None
-    agreement: float | None = None  # share of rows with the same best class (integers: of equal elements)
+    agreement: float | None = (
+        None  # share of rows with the same best class (integers: of equal elements)
+    )
     agreement_stderr: float | None = None
     kl: float | None = None  # KL(reference || quantized), mean over rows, nats
     kl_stderr: float | None = None
@@ -101,9 +105,13 @@ def compare(
     """
     tensors = _layer_tensors(reference, quantized) if layers else {}
     extra = list(tensors.values())
-    first = _open(reference, extra, threads)
-    second = _open(quantized, extra, threads)
-    names = _common_outputs(first, second, extra)
+    first, names = _open(reference, extra, threads)
+    second, others = _open(quantized, extra, threads)
+    for name in names:
+        if name not in others:
+            found = ", ".join(others)
+            raise ModelError(f"the quantized model has no output {name!r}; it has {found}")
+    fetched = list(dict.fromkeys(names + extra))
     opened = open_data(data, first.get_inputs(), preprocess=preprocess, limit=limit)
     outputs = {name: _Tally(name) for name in names}
     inner = {name: _Energy() for name in extra}
@@ -111,11 +119,11 @@ def compare(
     for feed in opened.batches(BATCH_WITH_LAYERS if layers else BATCH):
         count = opened.count(feed)
         labels = None if opened.labels is None else opened.labels[done : done + count]
-        pairs = zip(_run(first, names + extra, feed), _run(second, names + extra, feed), strict=True)
-        for name, (a, b) in zip(names + extra, pairs, strict=True):
+        results = _run(first, fetched, feed), _run(second, fetched, feed)
+        for name, a, b in zip(fetched, *results, strict=True):
             if name in outputs:
                 outputs[name].add(a, b, labels)
-            else:
+            if name in inner:
                 inner[name].add(a, b)
         done += count
         if progress is not None:
@@ -218,7 +226,9 @@ class _Tally:
     def _add_labels(self, a: Array, b: Array, labels: npt.NDArray[np.int64]) -> None:
         if labels.min() < 0 or labels.max() >= a.shape[1]:
             wrong = labels.max() if labels.max() >= a.shape[1] else labels.min()
-            raise DataError(f"label {wrong} is not in 0..{a.shape[1] - 1}, the classes of {self.name!r}")
+            raise DataError(
+                f"label {wrong} is not in 0..{a.shape[1] - 1}, the classes of {self.name!r}"
+            )
         for key, rows in (("reference", a), ("quantized", b)):
             ranks = _metrics.label_ranks(rows, labels)
             self._mean(f"top1 {key}").add(ranks < 1)
@@ -268,22 +278,21 @@ _MEANS = (
 )
 
 
-def _open(model: Source, extra: list[str], threads: int) -> ort.InferenceSession:
-    if isinstance(model, ort.InferenceSession):
-        return model
-    if not extra:
-        return session(model, threads=threads)
+def _open(model: Source, extra: list[str], threads: int) -> tuple[ort.InferenceSession, list[str]]:
+    """A session that can give the tensors `extra` too, and the names of the model's own outputs."""
+    if isinstance(model, ort.InferenceSession) or not extra:
+        opened = session(model, threads=threads) if isinstance(model, str | Path) else model
+        return opened, [output.name for output in opened.get_outputs()]
     graph = read_ir(model)
-    present = {value.name: value for node in graph.graph for value in node.outputs}
-    graph.graph.outputs.extend(
-        present[name] for name in extra if not present[name].is_graph_output()
-    )
+    names = [output.name or "" for output in graph.graph.outputs]
+    values = {value.name: value for node in graph.graph for value in node.outputs}
+    graph.graph.outputs.extend(values[name] for name in extra if name not in names)
     try:
         loaded = ir.external_data.load_to_model(graph)
         content = ir.to_proto(loaded).SerializeToString()
     except ValueError as error:  # protobuf's limit
         raise ModelError(f"{model}: layers can be compared only in models below 2 GB") from error
-    return session(content, threads=threads)
+    return session(content, threads=threads), names
 
 
 def _layer_tensors(reference: Source, quantized: Source) -> dict[str, str]:
@@ -299,19 +308,6 @@ def _layer_tensors(reference: Source, quantized: Source) -> dict[str, str]:
     return result
 
 
-def _common_outputs(
-    first: ort.InferenceSession, second: ort.InferenceSession, extra: list[str]
-) -> list[str]:
-    ours, theirs = ([o.name for o in s.get_outputs()] for s in (first, second))
-    wanted = [name for name in ours if name not in extra]
-    missing = [name for name in wanted if name not in theirs]
-    if missing:
-        raise ModelError(
-            f"the quantized model has no output {missing[0]!r}; it has {', '.join(theirs)}"
-        )
-    return wanted
-
-
 def _run(model: ort.InferenceSession, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
     taken = {entry.name for entry in model.get_inputs()}
     if not taken <= set(feed):
@@ -321,7 +317,9 @@ def _run(model: ort.InferenceSession, names: list[str], feed: Mapping[str, Array
     try:
         return list(model.run(names, {name: feed[name] for name in taken}))
     except Exception as error:  # onnxruntime has a kind of its own for every status
-        raise ModelError(f"onnxruntime cannot run the model: {' '.join(str(error).split())}") from error
+        raise ModelError(
+            f"onnxruntime cannot run the model: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _bytes(model: Source) -> int | None:

@@ -158,7 +158,7 @@ def round_scale(fmt: AfpFormat, scale: npt.ArrayLike, kind: str) -> npt.NDArray[
     """
     scale = np.asarray(scale, np.float32)
     if kind == "real":
-        bits = scale.view(np.uint32).astype(np.uint64)
+        bits = scale.view(np.uint32).astype(np.int64)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         # The ends are kept: the smallest normal number and the largest finite one.
         kept = np.asarray(np.clip(rounded, 0x0080_0000, 0x7F7F_0000), np.uint32)

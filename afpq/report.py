@@ -16,14 +16,17 @@ from typing import Any
 
 from afpq.errors import AfpqError
 from afpq.packed import PackedLayer, PackedModel
+from afpq.plan import PlanEntry
 
 __all__ = [
     "SUFFIXES",
     "LayerFacts",
     "RunFacts",
+    "accuracy_facts",
     "build_report",
     "environment",
     "file_facts",
+    "layer_facts",
     "render_markdown",
     "write_report",
     "write_text",
@@ -52,7 +55,7 @@ class RunFacts:
     budget: str | None = None
     objective: str | None = None
     predicted_loss: float | None = None
-    layers: Mapping[str, LayerFacts] = field(default_factory=dict)  # by weight_name
+    layers: Mapping[str, LayerFacts] = field(default_factory=dict)  # by layer name
     left_float: Iterable[Mapping[str, Any]] = ()  # name, op_type, reason, num_weights
     calibration: Mapping[str, Any] | None = None
     correction: Mapping[str, Any] | None = None
@@ -131,6 +134,23 @@ def file_facts(path: str | Path, num_bytes: int | None = None) -> dict[str, Any]
     return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
 
 
+def layer_facts(
+    entries: Iterable[PlanEntry], sqnr_db: Mapping[str, float] | None = None
+) -> dict[str, LayerFacts]:
+    """What a plan predicts of every layer, with the SQNR of its weight (by weight_name) where that is known."""
+    sqnr_db = {} if sqnr_db is None else sqnr_db
+    return {
+        name: LayerFacts(entry.predicted_loss, sqnr_db.get(entry.weight_name))
+        for entry in entries
+        for name in entry.layers
+    }
+
+
+def accuracy_facts(comparison: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """A comparison as a dictionary, with what it was measured on."""
+    return {"data": data, **comparison}
+
+
 def write_report(report: Mapping[str, Any], path: str | Path) -> None:
     """Writes Markdown (.md) or JSON (.json), whole or not at all.
 
@@ -176,7 +196,7 @@ def _layers(model: PackedModel, facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
-    known = facts.layers.get(layer.weight_name, LayerFacts())
+    known = facts.layers.get(layer.name.removesuffix(".unpack"), LayerFacts())
     return {
         "name": layer.name,
         "op": layer.op,
@@ -219,10 +239,19 @@ def _headline(report: Mapping[str, Any]) -> str:
 def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
     if accuracy is None:
         return "## Accuracy\n\nNot measured: no data was given."
-    rows = [(k, _number(v)) for k, v in accuracy.items() if isinstance(v, int | float)]
-    text = "## Accuracy\n\n" + _table(("metric", "value"), rows)
-    notes = [f"{k}: {v}" for k, v in accuracy.items() if isinstance(v, str)]
-    return "\n\n".join([text, *notes])
+    parts = [
+        "## Accuracy",
+        f"{accuracy['num_samples']:,} samples of {accuracy['data']}, both models run by onnxruntime.",
+    ]
+    for output in accuracy["outputs"]:
+        numbers = [
+            (key.replace("_", " "), _number(value))
+            for key, value in output.items()
+            if value is not None and key not in ("name", "kind")
+        ]
+        title = f"Output `{output['name']}` ({output['kind']})"
+        parts.append(f"{title}\n\n{_table(('metric', 'value'), numbers)}")
+    return "\n\n".join(parts)
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> str:

@@ -329,6 +329,7 @@ def _set_outputs(model: Model, graph: ir.Graph, fetch: tuple[str, ...]) -> None:
     for node in reversed(graph):
         if not any(v.uses() or v.is_graph_output() for v in node.outputs):
             graph.remove(node, safe=True)
+    graph.inputs[:] = [v for v in graph.inputs if v.uses() or v.is_graph_output()]
 
 
 def _serialize(model: Model, clone: ir.Model) -> bytes:

@@ -220,8 +220,8 @@ def test_activations_that_do_not_fit_are_fetched_in_several_passes(
     x = normal(7, 3, 9, 9)
     whole = calibrate(small_network, x)
     monkeypatch.setattr(MODULE, "FETCH_BYTES", 2650)  # not all three tensors
-    seen: list[tuple[int, int]] = []
-    parts = calibrate(small_network, x, progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[int, ...]] = []
+    parts = calibrate(small_network, x, progress=lambda _, done, total: seen.append((done, total)))
     assert_same(parts, whole, rtol=1e-6)
     assert seen[-1] == (14, 14)  # two passes over 7 samples
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -259,10 +259,10 @@ def test_sequences_of_different_lengths_count_by_position(tmp_path: Path) -> Non
 
 
 def test_a_fixed_batch_is_calibrated_whole(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, ...]] = []
     x = normal(7, 8)
     path = matmul_model(tmp_path, [2, 8], normal(8, 10))
-    stats = calibrate(path, x, progress=lambda *numbers: seen.append(numbers))
+    stats = calibrate(path, x, progress=lambda _, *numbers: seen.append(numbers))
     np.testing.assert_allclose(stats["mm"].mean[0], x[:6].astype(np.float64).mean(0))
     assert seen[-1] == (6, 6)
 

@@ -77,8 +77,8 @@ def test_every_isa_and_thread_count_gives_the_same_bits(activations, m):
 def test_matmul_applies_one_scale_a_group_of_k(isa, activations):
     rng = np.random.default_rng(3)
     fmt, m, n, k, size = AfpFormat(2, 1), 5, 33, 100, 32
-    data, scale, _, _ = quantized(rng, n, k, fmt, groups=4)
-    data, codes = None, rng.integers(0, 16, (n, k)).astype(np.uint8)
+    _, scale, _, _ = quantized(rng, n, k, fmt, groups=4)
+    codes = rng.integers(0, 16, (n, k)).astype(np.uint8)
     codes[codes == 8] = 0
     weight = codebook(fmt)[codes] * np.repeat(scale.T, size, axis=1)[:, :k].astype(np.float64)
     x = rng.standard_normal((m, k)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Packed models: what is written, that it computes the float network with decoded weights, and how files are written."""
+"""Packed models: what is in them, that they compute the float network with decoded weights, and how files are saved."""
 
 import json
 import os
@@ -287,12 +287,12 @@ def test_folder_that_cannot_be_written_is_named(small, tmp_path):
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(ModelError, match="locked/out.onnx: cannot be written: Permission denied"):
+    with pytest.raises(ModelError, match=r"locked/out\.onnx: cannot be written: Permission denied"):
         save(rewrite(small, Summary(), {}), folder / "out.onnx")
 
 
 def test_missing_folder_is_named(small, tmp_path):
-    with pytest.raises(ModelError, match=r"none/out.onnx: cannot be written: No such file"):
+    with pytest.raises(ModelError, match=r"none/out\.onnx: cannot be written: No such file"):
         save(rewrite(small, Summary(), {}), tmp_path / "none" / "out.onnx")
 
 

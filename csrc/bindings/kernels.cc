@@ -1,7 +1,8 @@
-// `_core.kernels`: every function of every kernel table with NumPy arguments, for tests and benchmarks.
+// `_core.kernels`: every function of every kernel table with NumPy arguments, for tests and
+// benchmarks.
 //
-// Each function takes the name of the table first and writes into arrays of the caller. Shapes are checked here, since
-// kernels check nothing.
+// Each function takes the name of the table first and writes into arrays of the caller. Shapes are
+// checked here, since kernels check nothing.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -13,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/bindings.h"
 #include "kernels/dispatch.h"
 
 namespace nb = nanobind;
@@ -47,12 +49,13 @@ std::string active_isa() {
 
 // dst: [num_tiles, 64]
 template <typename T, auto kMember>
-void expand(const std::string& isa, Array<const uint8_t, 1> src, unsigned bits, Array<const T, 1> table,
-            Array<T, 2> dst) {
+void expand(const std::string& isa, Array<const uint8_t, 1> src, unsigned bits,
+            Array<const T, 1> table, Array<T, 2> dst) {
   require(bits >= 2 && bits <= 8, "bits is not in the range 2..8");
   require(table.shape(0) == 256, "table must have 256 entries");
   require(dst.shape(1) == kTileCodes, "dst must be [num_tiles, 64]");
-  require(src.shape(0) == dst.shape(0) * 8 * bits, "src must have 8 * bits bytes for each tile of dst");
+  require(src.shape(0) == dst.shape(0) * 8 * bits,
+          "src must have 8 * bits bytes for each tile of dst");
   (table_of(isa).*kMember)(src.data(), dst.shape(0), bits, table.data(), dst.data());
 }
 
@@ -71,8 +74,8 @@ void gemm(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> r
   for (size_t t = 0; t < taps; ++t) {
     for (size_t r = 0; r < rows; ++r) pointers[t * kMaxRows + r] = lhs.data() + (t * rows + r) * k;
   }
-  (table_of(isa).*kMember)(pointers.data(), taps, k / kTileK, rhs.data(), rhs.shape(1), rows, rhs.shape(0),
-                           accumulate, dst.data());
+  (table_of(isa).*kMember)(pointers.data(), taps, k / kTileK, rhs.data(), rhs.shape(1), rows,
+                           rhs.shape(0), accumulate, dst.data());
 }
 
 std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const float, 1> src) {
@@ -82,43 +85,51 @@ std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const flo
   return {low, high, finite != 0};
 }
 
-AfpqQuantize quantizer(float inverse_scale, int32_t zero_point, uint8_t* planes, size_t num_planes, size_t size) {
+AfpqQuantize quantizer(float inverse_scale, int32_t zero_point, uint8_t* planes, size_t num_planes,
+                       size_t size) {
   require(num_planes == 1 || num_planes == 2, "dst must have 1 or 2 planes");
   return {inverse_scale, zero_point, static_cast<int>(num_planes), {planes, planes + size}};
 }
 
 // dst: [num_planes, count]
-void quantize_u8_f32(const std::string& isa, Array<const float, 1> src, float inverse_scale, int32_t zero_point,
-                     Array<uint8_t, 2> dst) {
+void quantize_u8_f32(const std::string& isa, Array<const float, 1> src, float inverse_scale,
+                     int32_t zero_point, Array<uint8_t, 2> dst) {
   require(dst.shape(1) == src.shape(0), "dst must be [num_planes, count]");
-  const AfpqQuantize q = quantizer(inverse_scale, zero_point, dst.data(), dst.shape(0), dst.shape(1));
+  const AfpqQuantize q =
+      quantizer(inverse_scale, zero_point, dst.data(), dst.shape(0), dst.shape(1));
   table_of(isa).quantize_u8_f32(src.data(), src.shape(0), &q);
 }
 
 // src: [num_channels, src_stride], dst: [num_planes, count, num_channels]
-void quantize_transpose_u8_f32(const std::string& isa, Array<const float, 2> src, float inverse_scale,
-                               int32_t zero_point, Array<uint8_t, 3> dst) {
+void quantize_transpose_u8_f32(const std::string& isa, Array<const float, 2> src,
+                               float inverse_scale, int32_t zero_point, Array<uint8_t, 3> dst) {
   const size_t count = dst.shape(1), channels = dst.shape(2);
-  require(src.shape(0) == channels && src.shape(1) >= count, "src must be [num_channels, at least count]");
-  const AfpqQuantize q = quantizer(inverse_scale, zero_point, dst.data(), dst.shape(0), count * channels);
+  require(src.shape(0) == channels && src.shape(1) >= count,
+          "src must be [num_channels, at least count]");
+  const AfpqQuantize q =
+      quantizer(inverse_scale, zero_point, dst.data(), dst.shape(0), count * channels);
   table_of(isa).quantize_transpose_u8_f32(src.data(), src.shape(1), channels, count, &q);
 }
 
 // src: [num_channels, src_stride], dst: [count, num_channels]
 void transpose_f32(const std::string& isa, Array<const float, 2> src, Array<float, 2> dst) {
-  require(src.shape(0) == dst.shape(1) && src.shape(1) >= dst.shape(0), "src must be [num_channels, at least count]");
+  require(src.shape(0) == dst.shape(1) && src.shape(1) >= dst.shape(0),
+          "src must be [num_channels, at least count]");
   table_of(isa).transpose_f32(src.data(), src.shape(1), dst.shape(1), dst.shape(0), dst.data());
 }
 
-// sums: [rhs_planes, num_rows * lhs_planes, 64], column_sums: [rhs_planes, num_channels], dst: [num_rows, 64]
-void combine_f32_s32(const std::string& isa, Array<const int32_t, 3> sums, Array<const int32_t, 2> column_sums,
-                     Array<const int32_t, 1> zero_points, Array<const float, 1> scales, bool accumulate,
-                     Array<float, 2> dst) {
+// sums: [rhs_planes, num_rows * lhs_planes, 64], column_sums: [rhs_planes, num_channels], dst:
+// [num_rows, 64]
+void combine_f32_s32(const std::string& isa, Array<const int32_t, 3> sums,
+                     Array<const int32_t, 2> column_sums, Array<const int32_t, 1> zero_points,
+                     Array<const float, 1> scales, bool accumulate, Array<float, 2> dst) {
   const size_t planes = sums.shape(0), rows = dst.shape(0), channels = scales.shape(0);
   require(planes == 1 || planes == 2, "sums must have 1 or 2 weight planes");
-  require(rows >= 1 && (sums.shape(1) == rows || sums.shape(1) == 2 * rows), "sums must have 1 or 2 rows a row of dst");
+  require(rows >= 1 && (sums.shape(1) == rows || sums.shape(1) == 2 * rows),
+          "sums must have 1 or 2 rows a row of dst");
   require(sums.shape(2) == kPanelN && dst.shape(1) == kPanelN, "sums and dst must have 64 columns");
-  require(column_sums.shape(0) == planes && column_sums.shape(1) == channels && zero_points.shape(0) == rows,
+  require(column_sums.shape(0) == planes && column_sums.shape(1) == channels &&
+              zero_points.shape(0) == rows,
           "column_sums must be [rhs_planes, num_channels] and zero_points [num_rows]");
   require(channels >= 1 && channels <= kPanelN, "scales must have 1..64 channels");
   AfpqCombine args = {};
@@ -139,34 +150,38 @@ void combine_f32_s32(const std::string& isa, Array<const int32_t, 3> sums, Array
 
 // src: [num_rows, 64], dst: flat
 void store_f32(const std::string& isa, Array<const float, 2> src, Array<const float, 1> row_scales,
-               Array<const float, 1> bias, float low, float high, size_t row_stride, size_t channel_stride,
-               Array<float, 1> dst) {
+               Array<const float, 1> bias, float low, float high, size_t row_stride,
+               size_t channel_stride, Array<float, 1> dst) {
   const size_t rows = src.shape(0), channels = bias.shape(0);
-  require(src.shape(1) == kPanelN && row_scales.shape(0) == rows, "src must be [num_rows, 64], row_scales [num_rows]");
-  require(rows >= 1 && channels >= 1 && channels <= kPanelN, "bias must have 1..64 channels, src at least one row");
+  require(src.shape(1) == kPanelN && row_scales.shape(0) == rows,
+          "src must be [num_rows, 64], row_scales [num_rows]");
+  require(rows >= 1 && channels >= 1 && channels <= kPanelN,
+          "bias must have 1..64 channels, src at least one row");
   require(row_stride == 1 || channel_stride == 1, "one of the strides must be 1");
-  require(dst.shape(0) > (rows - 1) * row_stride + (channels - 1) * channel_stride, "dst is too small");
-  const AfpqStore args = {src.data(), row_scales.data(), bias.data(), dst.data(), rows,
-                          channels,   row_stride,        channel_stride, low,     high};
+  require(dst.shape(0) > (rows - 1) * row_stride + (channels - 1) * channel_stride,
+          "dst is too small");
+  const AfpqStore args = {src.data(), row_scales.data(), bias.data(),    dst.data(), rows,
+                          channels,   row_stride,        channel_stride, low,        high};
   table_of(isa).store_f32(&args);
 }
 
 // taps: [num_taps, count]
-void planar_f32(const std::string& isa, Array<const float, 2> taps, Array<const float, 1> weights, float scale,
-                float bias, float low, float high, Array<float, 1> dst) {
+void planar_f32(const std::string& isa, Array<const float, 2> taps, Array<const float, 1> weights,
+                float scale, float bias, float low, float high, Array<float, 1> dst) {
   require(weights.shape(0) == taps.shape(0) && dst.shape(0) == taps.shape(1),
           "taps must be [num_taps, count], weights [num_taps] and dst [count]");
   std::vector<const float*> pointers(taps.shape(0));
   for (size_t t = 0; t < pointers.size(); ++t) pointers[t] = taps.data() + t * taps.shape(1);
-  table_of(isa).planar_f32(pointers.data(), weights.data(), pointers.size(), taps.shape(1), scale, bias, low, high,
-                           dst.data());
+  table_of(isa).planar_f32(pointers.data(), weights.data(), pointers.size(), taps.shape(1), scale,
+                           bias, low, high, dst.data());
 }
 
 }  // namespace
 
 void bind_kernels(nb::module_& module) {
   using K = AfpqKernels;
-  nb::module_ m = module.def_submodule("kernels", "The raw kernel tables, for tests and benchmarks.");
+  nb::module_ m =
+      module.def_submodule("kernels", "The raw kernel tables, for tests and benchmarks.");
   m.def("isa_names", isa_names, "Names of the supported tables, best first.");
   m.def("active_isa", active_isa, "The table this process runs, after AFPQ_ISA.");
   m.def("expand_s8_afp", expand<int8_t, &K::expand_s8_afp>);

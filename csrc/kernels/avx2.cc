@@ -1,5 +1,5 @@
-// The kernel table for AVX2 with FMA and BMI2. Ends go through masked loads and stores or short copies, so nothing is
-// read or written beyond what kernels.h documents.
+// The kernel table for AVX2 with FMA and BMI2. Ends go through masked loads and stores or short
+// copies, so nothing is read or written beyond what kernels.h documents.
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -38,25 +38,30 @@ constexpr size_t kLanes = 8;
   return _mm256_min_ps(high, _mm256_max_ps(low, value));
 }
 
-// Codes 8 * group .. 8 * group + 7 of a tile, one a byte. They take kBits bytes; the 8 bytes read end with the tile at
-// the latest.
+// Codes 8 * group .. 8 * group + 7 of a tile, one a byte. They take kBits bytes; the 8 bytes read
+// end with the tile at the latest.
 template <unsigned kBits, unsigned kGroup>
 [[gnu::always_inline]] inline long long cut_group(const uint8_t* tile) {
-  constexpr unsigned kFirst = kGroup * kBits, kLast = 8 * kBits - 8, kAt = kFirst < kLast ? kFirst : kLast;
+  constexpr unsigned kFirst = kGroup * kBits, kLast = 8 * kBits - 8,
+                     kAt = kFirst < kLast ? kFirst : kLast;
   unsigned long long word;
   __builtin_memcpy(&word, tile + kAt, sizeof(word));
-  return static_cast<long long>(_pdep_u64(word >> (8 * (kFirst - kAt)), 0x0101010101010101ull * ((1u << kBits) - 1)));
+  return static_cast<long long>(
+      _pdep_u64(word >> (8 * (kFirst - kAt)), 0x0101010101010101ull * ((1u << kBits) - 1)));
 }
 
 template <unsigned kBits, unsigned kHalf>
 [[gnu::always_inline]] inline __m256i cut_half(const uint8_t* tile) {
-  return _mm256_set_epi64x(cut_group<kBits, 4 * kHalf + 3>(tile), cut_group<kBits, 4 * kHalf + 2>(tile),
-                           cut_group<kBits, 4 * kHalf + 1>(tile), cut_group<kBits, 4 * kHalf>(tile));
+  return _mm256_set_epi64x(
+      cut_group<kBits, 4 * kHalf + 3>(tile), cut_group<kBits, 4 * kHalf + 2>(tile),
+      cut_group<kBits, 4 * kHalf + 1>(tile), cut_group<kBits, 4 * kHalf>(tile));
 }
 
-// Entries of a table of 16 << kLevel bytes: vpshufb reads 4 bits of an index, blends by the sign bit do the rest.
+// Entries of a table of 16 << kLevel bytes: vpshufb reads 4 bits of an index, blends by the sign
+// bit do the rest.
 template <int kLevel>
-[[gnu::always_inline]] inline __m256i lookup(const int8_t* __restrict table, __m256i code, __m256i low_bits) {
+[[gnu::always_inline]] inline __m256i lookup(const int8_t* __restrict table, __m256i code,
+                                             __m256i low_bits) {
   if constexpr (kLevel == 0) {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), low_bits);
@@ -80,9 +85,11 @@ void expand_s8(const uint8_t* __restrict src, size_t num_tiles, const int8_t* __
   }
 }
 
-void expand_s8_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table, int8_t* dst) {
-  static constexpr decltype(&expand_s8<2>) kExpand[] = {expand_s8<2>, expand_s8<3>, expand_s8<4>, expand_s8<5>,
-                                                        expand_s8<6>, expand_s8<7>, expand_s8<8>};
+void expand_s8_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
+                        int8_t* dst) {
+  static constexpr decltype(&expand_s8<2>) kExpand[] = {expand_s8<2>, expand_s8<3>, expand_s8<4>,
+                                                        expand_s8<5>, expand_s8<6>, expand_s8<7>,
+                                                        expand_s8<8>};
   kExpand[bits - 2](src, num_tiles, table, dst);
 }
 
@@ -95,16 +102,19 @@ void expand_f32(const uint8_t* __restrict src, size_t num_tiles, const float* __
     __m256i a = cut_half<kBits, 0>(src), b = cut_half<kBits, 1>(src);
     for (size_t j = 0; j < kTileK; ++j) {
       _mm256_storeu_ps(dst + j * kTileN, _mm256_i32gather_ps(table, _mm256_and_si256(a, byte), 4));
-      _mm256_storeu_ps(dst + j * kTileN + kLanes, _mm256_i32gather_ps(table, _mm256_and_si256(b, byte), 4));
+      _mm256_storeu_ps(dst + j * kTileN + kLanes,
+                       _mm256_i32gather_ps(table, _mm256_and_si256(b, byte), 4));
       a = _mm256_srli_epi32(a, 8);
       b = _mm256_srli_epi32(b, 8);
     }
   }
 }
 
-void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table, float* dst) {
-  static constexpr decltype(&expand_f32<2>) kExpand[] = {expand_f32<2>, expand_f32<3>, expand_f32<4>, expand_f32<5>,
-                                                         expand_f32<6>, expand_f32<7>, expand_f32<8>};
+void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table,
+                         float* dst) {
+  static constexpr decltype(&expand_f32<2>) kExpand[] = {
+      expand_f32<2>, expand_f32<3>, expand_f32<4>, expand_f32<5>,
+      expand_f32<6>, expand_f32<7>, expand_f32<8>};
   kExpand[bits - 2](src, num_tiles, table, dst);
 }
 
@@ -116,11 +126,13 @@ void range_f32_avx2(const float* src, size_t count, float* low, float* high, int
   const __m256 infinity = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
   __m256 lows = _mm256_setzero_ps(), highs = lows, special = lows;
   for (size_t i = 0; i < count; i += kLanes) {
-    // minps and maxps return the second operand for NaN and for two zeros: both bounds stay numbers and never -0.
+    // minps and maxps return the second operand for NaN and for two zeros: both bounds stay numbers
+    // and never -0.
     const __m256 value = load(src + i, count - i);
     lows = _mm256_min_ps(value, lows);
     highs = _mm256_max_ps(value, highs);
-    special = _mm256_or_ps(special, _mm256_cmp_ps(_mm256_and_ps(value, magnitude), infinity, _CMP_NLT_UQ));
+    special = _mm256_or_ps(special,
+                           _mm256_cmp_ps(_mm256_and_ps(value, magnitude), infinity, _CMP_NLT_UQ));
   }
   float all_lows[kLanes], all_highs[kLanes];
   _mm256_storeu_ps(all_lows, lows);
@@ -158,10 +170,12 @@ void combine(const AfpqCombine& args) {
       const __m256 scale = load(args.scales + c, count);
       __m256 value = plane_sum<kLhsPlanes>(args, 0, r, c);
       if constexpr (kRhsPlanes == 2) {
-        value = _mm256_fmadd_ps(plane_sum<kLhsPlanes>(args, 1, r, c), _mm256_set1_ps(256.0f), value);
+        value =
+            _mm256_fmadd_ps(plane_sum<kLhsPlanes>(args, 1, r, c), _mm256_set1_ps(256.0f), value);
       }
       store(dst, count,
-            args.accumulate ? _mm256_fmadd_ps(value, scale, load(dst, count)) : _mm256_mul_ps(value, scale));
+            args.accumulate ? _mm256_fmadd_ps(value, scale, load(dst, count))
+                            : _mm256_mul_ps(value, scale));
     }
   }
 }
@@ -176,13 +190,16 @@ void combine_f32_s32_avx2(const AfpqCombine* args) {
 
 struct Finish {
   __m256 scale, bias, low, high;
-  __m256 operator()(__m256 sum) const { return clamp(_mm256_fmadd_ps(sum, scale, bias), low, high); }
+  __m256 operator()(__m256 sum) const {
+    return clamp(_mm256_fmadd_ps(sum, scale, bias), low, high);
+  }
 };
 
 // Four vectors at a time hide the latency of the chains.
-void planar_f32_avx2(const float* const* taps, const float* weights, size_t num_taps, size_t count, float scale,
-                     float bias, float low, float high, float* dst) {
-  const Finish finish = {_mm256_set1_ps(scale), _mm256_set1_ps(bias), _mm256_set1_ps(low), _mm256_set1_ps(high)};
+void planar_f32_avx2(const float* const* taps, const float* weights, size_t num_taps, size_t count,
+                     float scale, float bias, float low, float high, float* dst) {
+  const Finish finish = {_mm256_set1_ps(scale), _mm256_set1_ps(bias), _mm256_set1_ps(low),
+                         _mm256_set1_ps(high)};
   size_t x = 0;
   for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
     __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;

@@ -1,5 +1,5 @@
-// The kernel table for AVX-512 with VNNI and VBMI. Loads and stores at the ends are masked, so nothing is read or
-// written beyond what kernels.h documents.
+// The kernel table for AVX-512 with VNNI and VBMI. Loads and stores at the ends are masked, so
+// nothing is read or written beyond what kernels.h documents.
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns inside its own intrinsics (PR 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -16,14 +16,20 @@ namespace {
 
 constexpr size_t kLanes = 16;
 
-__mmask16 first_lanes(size_t count) { return static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(count))); }
+__mmask16 first_lanes(size_t count) {
+  return static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(count)));
+}
 __mmask64 first_bytes(size_t count) { return _bzhi_u64(~0ull, static_cast<unsigned>(count)); }
 
 // Mask of the vector at `begin` of `end` elements.
-__mmask16 lanes_at(size_t begin, size_t end) { return first_lanes(end - begin < kLanes ? end - begin : kLanes); }
+__mmask16 lanes_at(size_t begin, size_t end) {
+  return first_lanes(end - begin < kLanes ? end - begin : kLanes);
+}
 
 // The second operand stays when it is NaN or when both are zeros, as in the reference.
-__m512 clamp(__m512 value, __m512 low, __m512 high) { return _mm512_min_ps(high, _mm512_max_ps(low, value)); }
+__m512 clamp(__m512 value, __m512 low, __m512 high) {
+  return _mm512_min_ps(high, _mm512_max_ps(low, value));
+}
 
 // Cuts the 64 codes of a tile into bytes. Eight codes take `bits` bytes, so:
 //   vpermb          64-bit lane i <- bytes i * bits .. i * bits + 7
@@ -38,17 +44,20 @@ struct Cutter {
     constexpr long long kCount = 0x0706050403020100, kOnes = 0x0101010101010101;
     const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
     bytes = first_bytes(8 * bits);
-    spread = _mm512_add_epi64(_mm512_set1_epi64(kCount), _mm512_mullo_epi64(lane, _mm512_set1_epi64(kOnes * bits)));
+    spread = _mm512_add_epi64(_mm512_set1_epi64(kCount),
+                              _mm512_mullo_epi64(lane, _mm512_set1_epi64(kOnes * bits)));
     offsets = _mm512_set1_epi64(kCount * bits);
   }
 
   __m512i operator()(const uint8_t* src) const {
-    return _mm512_multishift_epi64_epi8(offsets, _mm512_permutexvar_epi8(spread, _mm512_maskz_loadu_epi8(bytes, src)));
+    return _mm512_multishift_epi64_epi8(
+        offsets, _mm512_permutexvar_epi8(spread, _mm512_maskz_loadu_epi8(bytes, src)));
   }
 };
 
 // vpermb reads 6 bits of an index, vpermi2b 7.
-void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table, int8_t* dst) {
+void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
+                              const int8_t* table, int8_t* dst) {
   const Cutter cut(bits);
   const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
   const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
@@ -68,13 +77,15 @@ void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bit
 #pragma GCC unroll 2
     for (; dst < end; src += step, dst += kTileCodes) {
       const __m512i code = _mm512_loadu_si512(src);
-      const __m512i below = _mm512_permutex2var_epi8(t0, code, t1), above = _mm512_permutex2var_epi8(t2, code, t3);
+      const __m512i below = _mm512_permutex2var_epi8(t0, code, t1),
+                    above = _mm512_permutex2var_epi8(t2, code, t3);
       _mm512_storeu_si512(dst, _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), below, above));
     }
   }
 }
 
-// Entry `code` of a table of 32 << kLevel floats: vpermi2ps reads 5 bits of an index, blends do the rest.
+// Entry `code` of a table of 32 << kLevel floats: vpermi2ps reads 5 bits of an index, blends do the
+// rest.
 template <int kLevel>
 inline __attribute__((always_inline)) __m512 lookup(const float* __restrict table, __m512i code) {
   if constexpr (kLevel == 0) {
@@ -82,14 +93,15 @@ inline __attribute__((always_inline)) __m512 lookup(const float* __restrict tabl
   } else {
     constexpr int kHalf = 16 << kLevel;
     const __mmask16 upper = _mm512_test_epi32_mask(code, _mm512_set1_epi32(kHalf));
-    return _mm512_mask_blend_ps(upper, lookup<kLevel - 1>(table, code), lookup<kLevel - 1>(table + kHalf, code));
+    return _mm512_mask_blend_ps(upper, lookup<kLevel - 1>(table, code),
+                                lookup<kLevel - 1>(table + kHalf, code));
   }
 }
 
 // Byte j of dword c is the code of (channel c, step j), so a shift brings a step's codes in place.
 template <int kLevel>
-void expand_f32(const uint8_t* __restrict src, size_t num_tiles, unsigned bits, const float* __restrict table,
-                float* __restrict dst) {
+void expand_f32(const uint8_t* __restrict src, size_t num_tiles, unsigned bits,
+                const float* __restrict table, float* __restrict dst) {
   const Cutter cut(bits);
   for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * bits, dst += kTileCodes) {
     const __m512i codes = cut(src);
@@ -100,7 +112,8 @@ void expand_f32(const uint8_t* __restrict src, size_t num_tiles, unsigned bits, 
   }
 }
 
-void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table, float* dst) {
+void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
+                               const float* table, float* dst) {
   const auto expand = bits <= 5   ? expand_f32<0>
                       : bits == 6 ? expand_f32<1>
                       : bits == 7 ? expand_f32<2>
@@ -116,11 +129,13 @@ struct Range {
   __m512 high = _mm512_setzero_ps();
   __mmask16 special = 0;
 
-  // minps and maxps return the second operand for NaN and for two zeros, so both bounds stay numbers and never -0.
+  // minps and maxps return the second operand for NaN and for two zeros, so both bounds stay
+  // numbers and never -0.
   void add(__m512 value) {
     low = _mm512_min_ps(value, low);
     high = _mm512_max_ps(value, high);
-    special = _kor_mask16(special, _mm512_fpclass_ps_mask(value, 0x99));  // quiet and signalling NaN, +inf, -inf
+    special = _kor_mask16(
+        special, _mm512_fpclass_ps_mask(value, 0x99));  // quiet and signalling NaN, +inf, -inf
   }
   void add(const Range& other) {
     low = _mm512_min_ps(other.low, low);
@@ -171,7 +186,8 @@ void combine(const AfpqCombine& args) {
       const __m512 scale = _mm512_maskz_loadu_ps(mask, args.scales + c);
       __m512 value = plane_sum<kLhsPlanes>(args, 0, r, c, mask);
       if constexpr (kRhsPlanes == 2) {
-        value = _mm512_fmadd_ps(plane_sum<kLhsPlanes>(args, 1, r, c, mask), _mm512_set1_ps(256.0f), value);
+        value = _mm512_fmadd_ps(plane_sum<kLhsPlanes>(args, 1, r, c, mask), _mm512_set1_ps(256.0f),
+                                value);
       }
       value = args.accumulate ? _mm512_fmadd_ps(value, scale, _mm512_maskz_loadu_ps(mask, dst + c))
                               : _mm512_mul_ps(value, scale);
@@ -190,13 +206,17 @@ void combine_f32_s32_avx512vnni(const AfpqCombine* args) {
 
 struct Finish {
   __m512 scale, bias, low, high;
-  __m512 operator()(__m512 sum) const { return clamp(_mm512_fmadd_ps(sum, scale, bias), low, high); }
+  __m512 operator()(__m512 sum) const {
+    return clamp(_mm512_fmadd_ps(sum, scale, bias), low, high);
+  }
 };
 
 // Four vectors at a time hide the latency of the chains.
-void planar_f32_avx512vnni(const float* const* taps, const float* weights, size_t num_taps, size_t count, float scale,
-                           float bias, float low, float high, float* dst) {
-  const Finish finish = {_mm512_set1_ps(scale), _mm512_set1_ps(bias), _mm512_set1_ps(low), _mm512_set1_ps(high)};
+void planar_f32_avx512vnni(const float* const* taps, const float* weights, size_t num_taps,
+                           size_t count, float scale, float bias, float low, float high,
+                           float* dst) {
+  const Finish finish = {_mm512_set1_ps(scale), _mm512_set1_ps(bias), _mm512_set1_ps(low),
+                         _mm512_set1_ps(high)};
   size_t x = 0;
   for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
     __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
@@ -217,7 +237,8 @@ void planar_f32_avx512vnni(const float* const* taps, const float* weights, size_
     const __mmask16 mask = lanes_at(x, count);
     __m512 sum = _mm512_setzero_ps();
     for (size_t t = 0; t < num_taps; ++t) {
-      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, taps[t] + x), _mm512_set1_ps(weights[t]), sum);
+      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, taps[t] + x), _mm512_set1_ps(weights[t]),
+                            sum);
     }
     _mm512_mask_storeu_ps(dst + x, mask, finish(sum));
   }

@@ -11,7 +11,8 @@ int always() { return 1; }
 
 #if defined(AFPQ_X86_64)
 int has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
 }
 
 int has_avx512vnni() {
@@ -31,7 +32,8 @@ constexpr AfpqIsa kIsas[] = {
 };
 
 std::string no_such_isa(const char* name) {
-  std::string text = std::string("AFPQ_ISA: '") + name + "' is not an instruction set of this processor; it has ";
+  std::string text =
+      std::string("AFPQ_ISA: '") + name + "' is not an instruction set of this processor; it has ";
   const char* separator = "";
   for (const char* choice : isa_names()) {
     text.append(separator).append(choice);

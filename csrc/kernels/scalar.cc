@@ -1,11 +1,13 @@
-// The scalar kernel table: the reference in C++. Plain loops over the definitions in kernels.h, for any processor.
+// The scalar kernel table: the reference in C++. Plain loops over the definitions in kernels.h, for
+// any processor.
 #include <math.h>
 
 #include "kernels.h"
 
 namespace {
 
-// The 8-bit window at code `index` of a stream; the bits above the code may be missing at the end of the stream.
+// The 8-bit window at code `index` of a stream; the bits above the code may be missing at the end
+// of the stream.
 unsigned window(const uint8_t* src, size_t index, unsigned bits) {
   const size_t bit = index * bits;
   const unsigned shift = bit % 8;
@@ -14,22 +16,26 @@ unsigned window(const uint8_t* src, size_t index, unsigned bits) {
   return (word >> shift) & 255;
 }
 
-void expand_s8_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table, int8_t* dst) {
+void expand_s8_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
+                          int8_t* dst) {
   for (size_t i = 0; i < num_tiles * kTileCodes; ++i) dst[i] = table[window(src, i, bits)];
 }
 
-void expand_f32_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table, float* dst) {
+void expand_f32_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table,
+                           float* dst) {
   for (size_t tile = 0; tile < num_tiles; ++tile) {
     for (size_t c = 0; c < kTileN; ++c) {
-      for (size_t j = 0; j < kTileK; ++j) dst[j * kTileN + c] = table[window(src, c * kTileK + j, bits)];
+      for (size_t j = 0; j < kTileK; ++j)
+        dst[j * kTileN + c] = table[window(src, c * kTileK + j, bits)];
     }
     src += 8 * bits;
     dst += kTileCodes;
   }
 }
 
-void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles, const int8_t* rhs,
-                           size_t rhs_tiles, size_t num_rows, size_t num_blocks, int accumulate, int32_t* dst) {
+void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
+                           const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
+                           int accumulate, int32_t* dst) {
   for (size_t r = 0; r < num_rows; ++r) {
     for (size_t b = 0; b < num_blocks; ++b) {
       int32_t* out = dst + r * kPanelN + b * kTileN;
@@ -40,7 +46,8 @@ void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t nu
         const uint8_t* row = lhs[t * kMaxRows + r];
         for (size_t i = 0; i < num_tiles; ++i, tile += kTileCodes) {
           for (size_t c = 0; c < kTileN; ++c) {
-            for (size_t j = 0; j < kTileK; ++j) sums[c] += row[i * kTileK + j] * tile[c * kTileK + j];
+            for (size_t j = 0; j < kTileK; ++j)
+              sums[c] += row[i * kTileK + j] * tile[c * kTileK + j];
           }
         }
       }
@@ -49,8 +56,9 @@ void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t nu
   }
 }
 
-void gemm_f32_f32_f32_scalar(const float* const* lhs, size_t num_taps, size_t num_tiles, const float* rhs,
-                             size_t rhs_tiles, size_t num_rows, size_t num_blocks, int accumulate, float* dst) {
+void gemm_f32_f32_f32_scalar(const float* const* lhs, size_t num_taps, size_t num_tiles,
+                             const float* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
+                             int accumulate, float* dst) {
   for (size_t r = 0; r < num_rows; ++r) {
     for (size_t b = 0; b < num_blocks; ++b) {
       float* out = dst + r * kPanelN + b * kTileN;
@@ -78,7 +86,8 @@ void range_f32_scalar(const float* src, size_t count, float* low, float* high, i
   }
 }
 
-// q of one element. What int32 cannot hold (NaN too) becomes the smallest int32, as on x86, and so 0.
+// q of one element. What int32 cannot hold (NaN too) becomes the smallest int32, as on x86, and so
+// 0.
 unsigned quantize(float x, const AfpqQuantize& q) {
   const float scaled = nearbyintf(x * q.inverse_scale);
   const int32_t highest = q.num_planes == 1 ? 255 : 65535;
@@ -100,8 +109,8 @@ void quantize_u8_f32_scalar(const float* src, size_t count, const AfpqQuantize* 
   for (size_t i = 0; i < count; ++i) put_planes(quantize(src[i], *q), i, *q);
 }
 
-void quantize_transpose_u8_f32_scalar(const float* src, size_t src_stride, size_t num_channels, size_t count,
-                                      const AfpqQuantize* q) {
+void quantize_transpose_u8_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
+                                      size_t count, const AfpqQuantize* q) {
   for (size_t x = 0; x < count; ++x) {
     for (size_t c = 0; c < num_channels; ++c) {
       put_planes(quantize(src[c * src_stride + x], *q), x * num_channels + c, *q);
@@ -109,18 +118,23 @@ void quantize_transpose_u8_f32_scalar(const float* src, size_t src_stride, size_
   }
 }
 
-void transpose_f32_scalar(const float* src, size_t src_stride, size_t num_channels, size_t count, float* dst) {
+void transpose_f32_scalar(const float* src, size_t src_stride, size_t num_channels, size_t count,
+                          float* dst) {
   for (size_t x = 0; x < count; ++x) {
     for (size_t c = 0; c < num_channels; ++c) dst[x * num_channels + c] = src[c * src_stride + x];
   }
 }
 
-// S[q][p] of kernels.h as float. Unsigned arithmetic wraps where a step, not the result, would leave int32.
+// S[q][p] of kernels.h as float. Unsigned arithmetic wraps where a step, not the result, would
+// leave int32.
 float shifted_sum(const AfpqCombine& args, int q, int p, size_t r, size_t c) {
   const int32_t zero_point = args.zero_points[r];
-  const int32_t part = args.lhs_planes == 1 ? zero_point : p == 0 ? zero_point >> 8 : zero_point & 255;
+  const int32_t part = args.lhs_planes == 1 ? zero_point
+                       : p == 0             ? zero_point >> 8
+                                            : zero_point & 255;
   const uint32_t sum = static_cast<uint32_t>(args.sums[q][(r * args.lhs_planes + p) * kPanelN + c]);
-  const uint32_t shift = static_cast<uint32_t>(part) * static_cast<uint32_t>(args.column_sums[q][c]);
+  const uint32_t shift =
+      static_cast<uint32_t>(part) * static_cast<uint32_t>(args.column_sums[q][c]);
   return static_cast<float>(static_cast<int32_t>(sum - shift));
 }
 
@@ -150,13 +164,14 @@ void store_f32_scalar(const AfpqStore* args) {
   for (size_t r = 0; r < args->num_rows; ++r) {
     for (size_t c = 0; c < args->num_channels; ++c) {
       const float value = fmaf(args->src[r * kPanelN + c], args->row_scales[r], args->bias[c]);
-      args->dst[r * args->row_stride + c * args->channel_stride] = clamp(value, args->low, args->high);
+      args->dst[r * args->row_stride + c * args->channel_stride] =
+          clamp(value, args->low, args->high);
     }
   }
 }
 
-void planar_f32_scalar(const float* const* taps, const float* weights, size_t num_taps, size_t count, float scale,
-                       float bias, float low, float high, float* dst) {
+void planar_f32_scalar(const float* const* taps, const float* weights, size_t num_taps,
+                       size_t count, float scale, float bias, float low, float high, float* dst) {
   for (size_t x = 0; x < count; ++x) {
     float sum = 0.0f;
     for (size_t t = 0; t < num_taps; ++t) sum = fmaf(taps[t][x], weights[t], sum);

@@ -1,0 +1,246 @@
+"""The commands that run models: compare, bench, report."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from afpq._cli_output import (
+    StageProgress,
+    check_output,
+    check_report_suffix,
+    data_options,
+    format_bytes,
+    format_ratio,
+    json_option,
+    print_json,
+    print_line,
+    print_table,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from afpq.bench import BenchResult
+    from afpq.evaluate import Comparison
+
+__all__ = ["bench", "compare", "print_comparison", "report"]
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("reference", type=_FILE)
+@click.argument("quantized", type=_FILE)
+@click.option("--data", required=True, metavar="SRC", help="Samples, and labels if there are any.")
+@data_options
+@click.option("--layers", is_flag=True, help="Also the SQNR of every packed layer's output.")
+@threads_option
+@json_option
+def compare(
+    reference: Path,
+    quantized: Path,
+    *,
+    data: str,
+    preprocess: str | None,
+    samples: int | None,
+    layers: bool,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Accuracy of two models on the same data: top-1, agreement, KL, SQNR, sizes.
+
+    SRC is an .npz, a folder of images (with --preprocess) or of .npy files, or module:function.
+    """
+    from afpq.evaluate import compare as run
+
+    result = run(
+        reference,
+        quantized,
+        data,
+        preprocess=preprocess,
+        limit=samples,
+        layers=layers,
+        threads=threads,
+        progress=StageProgress(),
+    )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    print_comparison(result)
+    if result.layers:
+        print_line()
+        rows = [(e.name, f"{e.sqnr_db:.1f}") for e in result.layers]
+        print_table(("layer", "SQNR dB"), rows)
+    print_line()
+    before, after = result.reference_bytes, result.quantized_bytes
+    assert before is not None and after is not None
+    print_line(f"{reference}: {format_bytes(before)}")
+    print_line(f"{quantized}: {format_bytes(after)}, {format_ratio(before, after)}")
+
+
+@click.command()
+@click.argument("reference", type=_FILE)
+@click.argument("quantized", type=_FILE)
+@click.option("--data", metavar="SRC", help="Take the inputs from here instead of making them up.")
+@data_options
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, metavar="N", help="Samples a run (1)."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    metavar="S",
+    help="How long to measure (5); at least 20 rounds.",
+)
+@threads_option
+@json_option
+def bench(
+    reference: Path,
+    quantized: Path,
+    *,
+    data: str | None,
+    preprocess: str | None,
+    samples: int | None,
+    batch: int,
+    seconds: float,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Speed of two models on this machine, interleaved: median, spread, ratio."""
+    from afpq.bench import bench as run
+
+    feeds = None
+    if data is not None:
+        from afpq.data import open_data
+        from afpq.runtime import session
+
+        inputs = session(reference, threads=threads).get_inputs()
+        opened = open_data(data, inputs, preprocess=preprocess, limit=samples)
+        feeds = next(opened.batches(batch))
+    elif preprocess is not None or samples is not None:
+        raise click.UsageError("--preprocess and --samples need --data")
+    result = run(
+        reference,
+        quantized,
+        feeds=feeds,
+        threads=threads,
+        batch=batch,
+        seconds=seconds,
+        progress=StageProgress(),
+    )
+    if as_json:
+        print_json(asdict(result))
+    else:
+        _print_bench(result)
+
+
+@click.command()
+@click.argument("model", type=_FILE)
+@click.option("-o", "--output", type=_FILE, required=True, help="R.md or R.json.")
+@click.option("--reference", type=_FILE, help="The float model, to compare with.")
+@click.option("--plan", type=_FILE, help="The plan it was made by, for the predicted losses.")
+@click.option("--data", metavar="SRC", help="Samples to compare on; needs --reference.")
+@data_options
+@click.option("--force", is_flag=True, help="Replace an existing report.")
+@threads_option
+def report(
+    model: Path,
+    *,
+    output: Path,
+    reference: Path | None,
+    plan: Path | None,
+    data: str | None,
+    preprocess: str | None,
+    samples: int | None,
+    force: bool,
+    threads: int,
+) -> None:
+    """Write a report of a packed model: sizes, formats, kernels, what stayed float, accuracy."""
+    from afpq import report as write
+    from afpq.evaluate import compare as run
+    from afpq.packed import file_bytes, read_packed
+    from afpq.plan import Plan
+
+    check_report_suffix(output)
+    check_output(output, force=force, sources=[model, reference, plan])
+    if data is not None and reference is None:
+        raise click.UsageError("--data needs --reference")
+    packed = read_packed(model)
+    facts: dict[str, Any] = {}
+    if reference is not None:
+        facts["source"] = write.file_facts(reference, file_bytes(reference))
+    if plan is not None:
+        entries = Plan.from_json(plan.read_text(encoding="utf-8")).entries
+        facts["layers"] = write.layer_facts(entries)
+    if data is not None and reference is not None:
+        result = run(
+            reference,
+            model,
+            data,
+            preprocess=preprocess,
+            limit=samples,
+            threads=threads,
+            progress=StageProgress(),
+        )
+        facts["accuracy"] = write.accuracy_facts(result.to_dict(), data)
+    write.write_report(write.build_report(packed, write.RunFacts(**facts)), output)
+    print_line(f"{output}: report of {model}")
+
+
+def print_comparison(result: "Comparison") -> None:
+    """The numbers of every output, one a line."""
+    for output in result.outputs:
+        print_line(f"output {output.name}: {output.kind}, {result.num_samples} samples")
+        if output.kind == "varying":
+            print_line("  the shapes differ from run to run: not compared")
+        if output.top1 is not None and output.top1_reference is not None:
+            drop = 100 * (output.top1 - output.top1_reference)
+            print_line(
+                f"  top-1      {100 * output.top1_reference:.2f} -> {100 * output.top1:.2f} % "
+                f"({drop:+.2f} points, standard error {100 * (output.top1_stderr or 0):.2f})"
+            )
+        if output.top5 is not None and output.top5_reference is not None:
+            print_line(
+                f"  top-5      {100 * output.top5_reference:.2f} -> {100 * output.top5:.2f} %"
+            )
+        if output.agreement is not None:
+            print_line(
+                f"  agreement  {100 * output.agreement:.2f} % "
+                f"(standard error {100 * (output.agreement_stderr or 0):.2f})"
+            )
+        if output.kl is not None:
+            print_line(
+                f"  KL         {output.kl:.5f} nats (standard error {output.kl_stderr or 0:.5f})"
+            )
+        if output.cosine is not None:
+            print_line(f"  cosine     {output.cosine:.5f} (smallest {output.cosine_min:.5f})")
+        if output.sqnr_db is not None:
+            print_line(f"  SQNR       {output.sqnr_db:.1f} dB")
+
+
+def _print_bench(result: "BenchResult") -> None:
+    shapes = ", ".join(f"{k} {list(v)}" for k, v in result.shapes.items())
+    threads = "one thread a core" if result.threads == 0 else f"{result.threads} threads"
+    print_line(f"{shapes}; {threads}; {result.num_rounds} interleaved rounds")
+    print_line()
+    rows = [
+        (
+            t.path,
+            f"{t.median_ms:.3f}",
+            f"{t.p10_ms:.3f}..{t.p90_ms:.3f}",
+            f"{t.min_ms:.3f}",
+            f"{t.load_ms:.1f}",
+            f"{t.file_bytes:,}",
+        )
+        for t in (result.first, result.second)
+    ]
+    print_table(("model", "median ms", "10..90 %", "min", "load", "bytes"), rows)
+    print_line()
+    word = "slower" if result.ratio > 1 else "faster"
+    factor = result.ratio if result.ratio > 1 else 1 / result.ratio
+    print_line(
+        f"time ratio {result.ratio:.3f} (10..90 %: {result.ratio_p10:.3f}..{result.ratio_p90:.3f}): "
+        f"{factor:.2f}x {word} than {Path(result.first.path).name}"
+    )
