@@ -1,7 +1,11 @@
 """One option for every group under a budget of bits, with the least sum of losses: an exact multiple-choice knapsack."""
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,16 +129,17 @@ def _milp(
     limit: int,
 ) -> npt.NDArray[np.int64] | None:
     """The chosen variable of every group, or None if the solver finds nothing."""
-    result = optimize.milp(
-        loss * _OBJECTIVE_RANGE,
-        integrality=np.ones(len(loss)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(bits[None].astype(np.float64), -np.inf, limit),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent_stdout():
+        result = optimize.milp(
+            loss * _OBJECTIVE_RANGE,
+            integrality=np.ones(len(loss)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one_each, 1, 1),
+                optimize.LinearConstraint(bits[None].astype(np.float64), -np.inf, limit),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     owner = one_each.tocsr()
@@ -145,6 +150,28 @@ def _milp(
         ],
         np.int64,
     )
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Sends what native code prints to nowhere: HiGHS has debugging lines that no option turns off."""
+    try:
+        saved = os.dup(1)
+    except OSError:  # the process has no stdout
+        yield
+        return
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # or the lines would come out later
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _loss(options: Sequence[Sequence[Option]], choice: Sequence[int]) -> float:

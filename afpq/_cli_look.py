@@ -250,5 +250,7 @@ def _print_signatures(result: dict[str, Any]) -> None:
     print_line()
     for side in ("inputs", "outputs"):
         for entry in result[side]:
-            shape = "?" if entry["shape"] is None else ", ".join(str(d or "?") for d in entry["shape"])
+            shape = (
+                "?" if entry["shape"] is None else ", ".join(str(d or "?") for d in entry["shape"])
+            )
             print_line(f"{side[:-1]} {entry['name']}: {entry['dtype']} [{shape}]")

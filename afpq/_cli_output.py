@@ -158,7 +158,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
     On a terminal it fits the width, long names fold; piped, nothing is cut.
     """
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    console = Console(
+        file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDE
+    )
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i, name in enumerate(columns):
         numeric = left <= i

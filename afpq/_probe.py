@@ -39,7 +39,9 @@ def random_feeds(model: ort.InferenceSession, batch: int = 1, *, seed: int = 0) 
         ]
         dtype = _NUMPY_TYPES.get(info.type)
         if dtype is None:
-            raise DataError(f"input {info.name!r} is {info.type}, which cannot be made up; give data")
+            raise DataError(
+                f"input {info.name!r} is {info.type}, which cannot be made up; give data"
+            )
         if np.issubdtype(dtype, np.floating):
             feeds[info.name] = rng.standard_normal(shape).astype(dtype)
         else:

@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from afpq import _metrics
 from afpq.data import open_data
-from afpq.errors import DataError, ModelError
+from afpq.errors import ModelError
 from afpq.packed import DOMAIN, file_bytes, read_ir
 from afpq.runtime import session
 
@@ -57,6 +57,7 @@ class OutputComparison:
     cosine: float | None = None  # mean over samples
     cosine_min: float | None = None
     sqnr_db: float | None = None  # infinity if equal
+    note: str = ""  # why a number is missing that could be expected
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def compare(
 
     Raises:
         ModelError: a model cannot be run, the two do not have the same outputs, or one gives NaN.
-        DataError: the data does not fit the reference, or a label is beyond its classes.
+        DataError: the data does not fit the reference.
     """
     tensors = _layer_tensors(reference, quantized) if layers else {}
     extra = list(tensors.values())
@@ -200,6 +201,7 @@ class _Tally:
     energy: _Energy = field(default_factory=_Energy)
     means: dict[str, _Mean] = field(default_factory=dict)
     num_rows: int = 0
+    note: str = ""
 
     def add(self, reference: Array, other: Array, labels: npt.NDArray[np.int64] | None) -> None:
         self.kind = self.kind or _metrics.output_kind(self.name, reference)
@@ -224,11 +226,12 @@ class _Tally:
             self._add_labels(a, b, labels)
 
     def _add_labels(self, a: Array, b: Array, labels: npt.NDArray[np.int64]) -> None:
-        if labels.min() < 0 or labels.max() >= a.shape[1]:
-            wrong = labels.max() if labels.max() >= a.shape[1] else labels.min()
-            raise DataError(
-                f"label {wrong} is not in 0..{a.shape[1] - 1}, the classes of {self.name!r}"
-            )
+        beyond = labels[(labels < 0) | (labels >= a.shape[1])]
+        if len(beyond) and not self.note:
+            self.note = f"no accuracy: label {beyond[0]} is not one of {a.shape[1]} classes"
+            self.means = {key: mean for key, mean in self.means.items() if key[:3] != "top"}
+        if self.note:
+            return
         for key, rows in (("reference", a), ("quantized", b)):
             ranks = _metrics.label_ranks(rows, labels)
             self._mean(f"top1 {key}").add(ranks < 1)
@@ -264,6 +267,7 @@ class _Tally:
             cosine=cosine.mean,
             cosine_min=cosine.low if cosine.count else None,
             sqnr_db=sqnr,
+            note=self.note,
         )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "encode",
     "exponent_bias_of",
     "fake_quantize",
+    "magnitudes",
     "round_scale",
     "scale_of",
 ]

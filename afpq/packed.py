@@ -49,7 +49,9 @@ class PackedLayer:
     scale_name: str
     output_name: str
     packed: npt.NDArray[np.uint8] = field(repr=False)
-    stored_scale: npt.NDArray[np.generic] = field(repr=False)  # bfloat16 scales or int8 exponent biases
+    stored_scale: npt.NDArray[np.generic] = field(
+        repr=False
+    )  # bfloat16 scales or int8 exponent biases
     node: ir.Node = field(repr=False, compare=False)
 
     @property
@@ -186,7 +188,9 @@ def describe_packed(model: ir.Model, path: Path, num_bytes: int) -> PackedModel:
         raise ModelError(f"{path}: not a packed model (no operator of the domain afpq)")
     version = model.metadata_props.get("afpq.spec_version", SPEC_VERSION)
     if version != SPEC_VERSION:
-        raise ModelError(f"{path}: file format version {version}, this afpq reads version {SPEC_VERSION}")
+        raise ModelError(
+            f"{path}: file format version {version}, this afpq reads version {SPEC_VERSION}"
+        )
     layers = tuple(_layer(path, n) for n in model.graph.all_nodes() if n.domain == DOMAIN)
     return PackedModel(
         path=path,

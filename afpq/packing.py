@@ -22,7 +22,7 @@ import numpy.typing as npt
 from afpq.errors import FormatError
 from afpq.formats import AfpFormat, decode, exponent_bias_of
 
-__all__ = ["PackedTensor", "pack", "packed_bytes", "store_scale", "unpack"]
+__all__ = ["TILE_N", "PackedTensor", "pack", "packed_bytes", "store_scale", "unpack"]
 
 TILE_N = 16
 TILE_K = 4

@@ -56,6 +56,7 @@ class RunFacts:
     objective: str | None = None
     predicted_loss: float | None = None
     layers: Mapping[str, LayerFacts] = field(default_factory=dict)  # by layer name
+    float_bytes: int | None = None  # of the packed weights, before
     left_float: Iterable[Mapping[str, Any]] = ()  # name, op_type, reason, num_weights
     calibration: Mapping[str, Any] | None = None
     correction: Mapping[str, Any] | None = None
@@ -70,7 +71,9 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
     tensors = model.tensors().values()
     packed_bytes = sum(t.storage_bytes for t in tensors)
     num_weights = sum(t.num_weights for t in tensors)
-    float_bytes = int(model.metadata.get("afpq.float_weight_bytes", 4 * num_weights))
+    float_bytes = facts.float_bytes
+    if float_bytes is None:
+        float_bytes = int(model.metadata.get("afpq.float_weight_bytes", 4 * num_weights))
     return {
         "schema": SCHEMA,
         "source": facts.source,

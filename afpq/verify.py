@@ -181,7 +181,12 @@ def _run_alone(
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     opsets = {"": 17, "afpq": 1}
     graph = ir.Graph(
-        inputs, [node.outputs[0]], nodes=[node], initializers=copies, opset_imports=opsets, name="one"
+        inputs,
+        [node.outputs[0]],
+        nodes=[node],
+        initializers=copies,
+        opset_imports=opsets,
+        name="one",
     )
     data = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
     feeds = {} if x is None else {"x": x}
@@ -218,7 +223,12 @@ def _geometry(
     flat = [int(v) for v in fields.get("pads", [0] * 2 * len(kernel))]
     if auto == "VALID":
         flat = [0] * len(flat)
-    return kernel, strides, dilations, list(zip(flat[: len(kernel)], flat[len(kernel) :], strict=True))
+    return (
+        kernel,
+        strides,
+        dilations,
+        list(zip(flat[: len(kernel)], flat[len(kernel) :], strict=True)),
+    )
 
 
 def _product(

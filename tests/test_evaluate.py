@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from afpq import _metrics
-from afpq.errors import DataError, ModelError
+from afpq.errors import ModelError
 from afpq.evaluate import Comparison, OutputComparison, compare
 from afpq.formats import AfpFormat
 from afpq.graph import load_model
@@ -204,10 +204,16 @@ def test_sessions_are_compared_like_files(pair: tuple[Path, Path]) -> None:
     assert (sessions.reference_bytes, sessions.quantized_bytes) == (None, None)
 
 
-def test_labels_beyond_the_classes_are_an_error(pair: tuple[Path, Path]) -> None:
-    data = {"x": normal(3, 8), "labels": np.array([0, 10, 3])}
-    with pytest.raises(DataError, match=r"label 10 is not in 0\.\.9, the classes of 'logits'"):
-        compare(*pair, data)
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_labels_beyond_the_classes_give_no_accuracy_and_say_so(
+    pair: tuple[Path, Path], wrong: int
+) -> None:
+    labels = np.zeros(40, int)
+    labels[20] = wrong
+    output = only_output(compare(*pair, {"x": normal(40, 8), "labels": labels}))
+    assert (output.top1, output.top1_reference, output.top5) == (None, None, None)
+    assert output.note == f"no accuracy: label {wrong} is not one of 10 classes"
+    assert output.agreement is not None
 
 
 def test_embeddings_are_compared_by_cosine(tmp_path: Path) -> None:

@@ -1,0 +1,338 @@
+"""The command `quantize`."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from afpq._cli_output import (
+    StageProgress,
+    check_output,
+    check_report_suffix,
+    data_options,
+    format_bytes,
+    format_ratio,
+    json_option,
+    note,
+    parse_size,
+    print_json,
+    print_line,
+    print_table,
+    threads_option,
+)
+from afpq.errors import PlanError
+
+if TYPE_CHECKING:
+    from afpq.plan import Plan
+    from afpq.quantize import Job, QuantizedModel
+
+__all__ = ["quantize"]
+
+GOAL_MISSED = 3
+
+_FILE = click.Path(path_type=Path)
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _overrides(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> dict[str, str]:
+    if not value:
+        return {}
+    from afpq.plan import parse_overrides
+
+    try:
+        return parse_overrides(value)
+    except PlanError as error:
+        raise click.BadParameter(str(error).removeprefix("--layer ")) from error
+
+
+def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
+    return click.option(flag, multiple=True, metavar="GLOB", help=text)
+
+
+@click.command(no_args_is_help=True)
+@click.argument("model", type=_FILE)
+@click.option("-o", "--output", type=_FILE, help="The packed model to write.")
+@click.option(
+    "--bits",
+    type=click.FloatRange(2, 8),
+    metavar="B",
+    help="Budget in bits per weight, scales included, 2..8. 5 if neither --bits nor --size is given.",
+)
+@click.option("--size", callback=_size, metavar="BYTES", help="Budget for the file: 1.5MB, 800k.")
+@click.option(
+    "--calib", metavar="SRC", help="Samples: .npz, folder of images or .npy, module:function."
+)
+@data_options
+@click.option(
+    "--activations",
+    type=click.Choice(["a16", "a8", "f32"]),
+    default="a16",
+    help="How layers read their inputs: 16-bit (default), 8-bit, or float.",
+)
+@click.option(
+    "--bias",
+    "kind",
+    type=click.Choice(["real", "integer"]),
+    default="real",
+    help="Exponent bias: any scale (default), or powers of two.",
+)
+@click.option("--plan", "plan_file", type=_FILE, help="Use this plan instead of searching one.")
+@click.option("--save-plan", type=_FILE, help="Write the plan that was found, to edit or reuse.")
+@_patterns("--include", "Quantize only these layers. May be repeated.")
+@_patterns("--exclude", "Leave these layers float. May be repeated.")
+@click.option(
+    "--layer",
+    "overrides",
+    multiple=True,
+    callback=_overrides,
+    metavar="GLOB=FORMAT",
+    help="Give these layers this format, such as 'conv*=e2m3'. May be repeated.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed (0).")
+@threads_option
+@click.option("--dry-run", is_flag=True, help="Show the plan with its exact bytes; write no model.")
+@click.option("--report", type=_FILE, help="Also write a report: R.md or R.json.")
+@json_option
+@click.option("--force", is_flag=True, help="Replace existing outputs.")
+def quantize(model: Path, **options: Any) -> int:
+    """Write a packed model: every layer in a small float format of its own.
+
+    Names for globs are shown by `afpq inspect MODEL`. With --calib, formats are chosen by measured sensitivity and
+    biases are corrected; without it, by weight error alone.
+    """
+    return _quantize(model, _Options(**options))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of the command as click gives them."""
+
+    output: Path | None
+    bits: float | None
+    size: int | None
+    calib: str | None
+    preprocess: str | None
+    samples: int | None
+    activations: str
+    kind: str
+    plan_file: Path | None
+    save_plan: Path | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    overrides: dict[str, str]
+    seed: int
+    threads: int
+    dry_run: bool
+    report: Path | None
+    as_json: bool
+    force: bool
+
+
+def _quantize(model: Path, options: _Options) -> int:
+    _check_usage(model, options)
+    from afpq.plan import Plan
+    from afpq.quantize import build, find_plan, prepare
+    from afpq.report import write_text
+
+    plan = None
+    if options.plan_file is not None:
+        plan = Plan.from_json(_read_plan(options.plan_file))
+    job = prepare(
+        model,
+        plan,
+        data=options.calib,
+        bits=options.bits,
+        size=options.size,
+        preprocess=options.preprocess,
+        samples=options.samples,
+        activations=options.activations,
+        kind=options.kind,
+        include=options.include,
+        exclude=options.exclude,
+        overrides=options.overrides,
+        seed=options.seed,
+        threads=options.threads,
+    )
+    _say_defaults(job, options)
+    progress = StageProgress()
+    try:
+        found, stats = find_plan(job, progress=progress)
+        if options.save_plan is not None:
+            write_text(options.save_plan, found.to_json())
+        if options.dry_run:
+            return _print_dry_run(job, found, options)
+        result = build(job, found, stats, progress=progress)
+        assert options.output is not None
+        size = result.save(options.output)
+    finally:
+        progress.close()
+    result.facts = replace(result.facts, command=_command_line(), seconds=dict(progress.seconds))
+    if options.report is not None:
+        result.report(options.report)
+    return _print_result(job, result, size, options)
+
+
+def _check_usage(model: Path, options: _Options) -> None:
+    """Everything that can be wrong before a file is opened."""
+    if options.output is None and not options.dry_run:
+        raise click.UsageError("missing option -o OUT.onnx (or --dry-run)")
+    if options.bits is not None and options.size is not None:
+        raise click.UsageError("--bits and --size exclude each other")
+    if options.plan_file is not None and (options.bits is not None or options.size is not None):
+        raise click.UsageError("--plan already decides the sizes: leave out --bits and --size")
+    if options.plan_file is not None and (options.include or options.exclude or options.overrides):
+        raise click.UsageError("--plan already says what every layer gets: edit the plan instead")
+    if options.calib is None and (options.preprocess is not None or options.samples is not None):
+        raise click.UsageError("--preprocess and --samples need --calib")
+    if options.dry_run and options.report is not None:
+        raise click.UsageError("--report needs a written model, --dry-run writes none")
+    if options.report is not None:
+        check_report_suffix(options.report)
+    outputs = [options.output, options.save_plan, options.report]
+    given = [path.resolve() for path in outputs if path is not None]
+    if len(set(given)) < len(given):
+        raise click.UsageError("two outputs have the same name")
+    sources = [model, options.plan_file, None if options.calib is None else Path(options.calib)]
+    for path in outputs:
+        if path is not None:
+            check_output(path, force=options.force, sources=sources)
+
+
+def _read_plan(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path}: the plan is not a text file") from error
+
+
+def _say_defaults(job: "Job", options: _Options) -> None:
+    if options.bits is None and options.size is None and options.plan_file is None:
+        note(f"budget: {job.budget} (neither --bits nor --size was given)")
+    if options.calib is None and options.plan_file is None:
+        note(
+            "no --calib: formats follow from weight error alone, nothing is measured on the "
+            "network;\nbelow 6 bits accuracy can drop much more than with some 50 samples. Check "
+            "with afpq compare."
+        )
+
+
+def _print_dry_run(job: "Job", plan: "Plan", options: _Options) -> int:
+    from afpq.packed import file_bytes
+    from afpq.quantize import file_size
+
+    size, before = file_size(job, plan), file_bytes(job.model.path)
+    if options.as_json:
+        print_json(
+            {
+                "dry_run": True,
+                "budget": job.budget,
+                "source_bytes": before,
+                "output_bytes": size,
+                "plan": json.loads(plan.to_json()),
+            }
+        )
+    else:
+        _print_plan(plan)
+        print_line(f"{job.model.path}: {_sizes(before, size)} (dry run, nothing written)")
+    return _goal(job, size)
+
+
+def _print_plan(plan: "Plan") -> None:
+    rows = [
+        (
+            entry.layers[0] + (f" +{len(entry.layers) - 1}" if len(entry.layers) > 1 else ""),
+            "float" if entry.format is None else str(entry.format),
+            f"{entry.bits_per_weight:.2f}",
+            f"{4 * entry.num_weights:,}",
+            f"{-(-entry.storage_bits // 8):,}",
+            "" if entry.predicted_loss is None else f"{entry.predicted_loss:.2e}",
+        )
+        for entry in plan.entries
+    ]
+    columns = ("layer", "format", "bits/w", "before", "bytes", f"loss ({_short(plan.objective)})")
+    print_table(columns, rows, left=2)
+    print_line()
+    print_line(f"{plan.bits_per_weight:.3f} bits per weight, scales included")
+
+
+def _print_result(job: "Job", result: "QuantizedModel", size: int, options: _Options) -> int:
+    from afpq.packed import file_bytes
+
+    before = file_bytes(job.model.path)
+    code = _goal(job, size)
+    if options.as_json:
+        print_json({**result.summary(), "goal_met": code == 0})
+        return code
+    assert result.plan is not None
+    _print_plan(result.plan)
+    _print_facts(result)
+    print_line(f"{options.output}: {_sizes(before, size)}")
+    return code
+
+
+def _print_facts(result: "QuantizedModel") -> None:
+    facts = result.facts
+    summary = result.summary()
+    for entry in facts.left_float:
+        print_line(f"left float: {entry['name']} ({entry['op_type']}): {entry['reason']}")
+    for remark in dict.fromkeys(e["remark"] for e in summary["layers"] if e["remark"]):
+        count = sum(e["remark"] == remark for e in summary["layers"])
+        print_line(f"{count} of {len(summary['layers'])} layers: {remark}")
+    if facts.correction is not None:
+        kept = "kept" if facts.correction["kept"] else "not kept: it does not help"
+        print_line(
+            f"bias correction {kept} (held-out loss {facts.correction['loss_without']:.3g} -> "
+            f"{facts.correction['loss_with']:.3g})"
+        )
+    if facts.accuracy is not None:
+        print_line(f"against the float model on {facts.accuracy['num_samples']} held-out samples:")
+        for output in facts.accuracy["outputs"]:
+            print_line(f"  {output['name']}: {_numbers(output)}")
+    print_line(f"the file loads in onnxruntime and ran once: {facts.checks['run_once']}")
+
+
+def _numbers(output: dict[str, Any]) -> str:
+    parts = []
+    if output["top1"] is not None:
+        parts.append(f"top-1 {100 * output['top1_reference']:.1f} -> {100 * output['top1']:.1f} %")
+    if output["agreement"] is not None:
+        parts.append(f"agreement {100 * output['agreement']:.1f} %")
+    if output["kl"] is not None:
+        parts.append(f"KL {output['kl']:.4f}")
+    if output["cosine"] is not None:
+        parts.append(f"cosine {output['cosine']:.4f}")
+    if output["sqnr_db"] is not None:
+        parts.append(f"SQNR {output['sqnr_db']:.1f} dB")
+    return ", ".join(parts) or output["kind"]
+
+
+def _goal(job: "Job", size: int) -> int:
+    if job.size is not None and size > job.size:
+        note(f"error: goal missed: {size:,} bytes, the budget was {job.size:,}")
+        return GOAL_MISSED
+    return 0
+
+
+def _sizes(before: int, after: int) -> str:
+    return f"{format_bytes(before)} -> {format_bytes(after)}, {format_ratio(before, after)}"
+
+
+def _short(objective: str) -> str:
+    return {"kl": "KL", "squared_error": "error"}.get(objective, objective.replace("_", " "))
+
+
+def _command_line() -> str:
+    return shlex.join(["afpq", *sys.argv[1:]])

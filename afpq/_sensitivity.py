@@ -1,0 +1,48 @@
+"""How much the network's outputs suffer from the error of one layer: measured at a few formats, read off in between."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Sensitivity"]
+
+# Slopes of log(loss) against log(error) beyond the coarsest probe. Below the finest one the loss is quadratic in the
+# perturbation, so linear in the squared error: slope 1, whatever the noise of a small loss says.
+_SLOPES = (0.5, 2.0)
+_LOWEST_LOSS = 1e-12
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Measured (error, loss) points of one layer, by rising error."""
+
+    errors: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @staticmethod
+    def fit(points: Sequence[tuple[float, float]]) -> "Sensitivity":
+        """From points in any order; a loss below that of a smaller error counts as noise and is raised to it."""
+        losses_of: dict[float, list[float]] = {}
+        for error, loss in points:
+            if error > 0:
+                losses_of.setdefault(error, []).append(loss)
+        errors = sorted(losses_of)
+        losses = [float(np.mean(losses_of[e])) for e in errors]
+        rising = np.maximum.accumulate([max(x, _LOWEST_LOSS) for x in losses]) if errors else []
+        return Sensitivity(tuple(errors), tuple(float(x) for x in rising))
+
+    def loss(self, error: float) -> float:
+        """The loss at an error: log-log interpolation, rising everywhere, 0 at 0."""
+        if error <= 0 or not self.errors:
+            return 0.0
+        x, y = np.log(self.errors), np.log(self.losses)
+        at = float(np.log(error))
+        if at <= x[0]:
+            return float(np.exp(y[0] + (at - x[0])))
+        if at < x[-1]:
+            return float(np.exp(np.interp(at, x, y)))
+        slope = 1.0
+        if len(x) > 1:
+            slope = float(np.clip((y[-1] - y[-2]) / (x[-1] - x[-2]), *_SLOPES))
+        return float(np.exp(y[-1] + slope * (at - x[-1])))
