@@ -1,6 +1,6 @@
 """Times two models on this machine, interleaved: every round runs both, so that what slows one slows the other.
 
-The pair is two files with the same inputs, usually a float model and its packed one. Only the medians of a busy machine are
+The pair is two files with the same inputs, usually a float model and its packed one. Only medians of a busy machine are
 comparable; the spread (10th to 90th percentile) is reported with them.
 """
 

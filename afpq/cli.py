@@ -1,6 +1,6 @@
 """The command `afpq`: results on stdout, progress and errors on stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 goal missed (the best was written), 130 interrupted. Each failure is one line
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 goal missed (the best was written), 130 interrupted. A failure is one line
 `error: ...`; only bugs show a traceback.
 """
 

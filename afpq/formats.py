@@ -171,9 +171,7 @@ def round_scale(fmt: AfpFormat, scale: npt.ArrayLike, kind: str) -> npt.NDArray[
     raise FormatError(f"exponent bias kind {kind!r} is not one of real, integer")
 
 
-def encode(
-    values: npt.ArrayLike, fmt: AfpFormat, scale: npt.ArrayLike
-) -> npt.NDArray[np.uint8]:
+def encode(values: npt.ArrayLike, fmt: AfpFormat, scale: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """Rounds values to the nearest code, ties to the even code, saturating: uint8, same shape.
 
     `scale` broadcasts against `values`. -0 is never produced; unsigned formats send negative values to 0.
@@ -210,7 +208,9 @@ def decode(
         FormatError: a code is not below 2^bits.
     """
     if codes.size and int(codes.max()) >= 1 << fmt.bits:
-        raise FormatError(f"code {int(codes.max())} is not in the range 0..{(1 << fmt.bits) - 1} of {fmt}")
+        raise FormatError(
+            f"code {int(codes.max())} is not in the range 0..{(1 << fmt.bits) - 1} of {fmt}"
+        )
     integers = codebook(fmt).astype(np.float32)[codes]
     return integers * np.asarray(scale, np.float32)
 

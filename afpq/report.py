@@ -1,7 +1,7 @@
 """The report of a packed model: one dictionary, written as JSON or as Markdown.
 
-`build_report` collects what the file itself tells (sizes, formats, kernels, what stayed float); `RunFacts` adds what only
-the run that wrote it knows (source, plan, calibration, accuracy, command). Nothing is measured here.
+`build_report` collects what the file itself tells (sizes, formats, kernels, what stayed float); `RunFacts` adds what
+only the run that wrote it knows (source, plan, calibration, accuracy, command). Nothing is measured here.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Checks a packed model against its own checksums, and the runtime against the definition of the format.
 
-For every stored tensor: the checksum in the metadata, and codes that are complete and canonical. For every layer, through
+For every stored tensor: the checksum in the metadata, and codes that are complete and canonical. For every layer, by
 onnxruntime: `Unpack` of its bytes must equal the NumPy decoder bit for bit, and the layer, run alone on a random input,
 must agree with a float64 product of the decoded weights within a derived bound.
 """

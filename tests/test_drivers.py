@@ -34,7 +34,22 @@ def rounded_rows(x, planes):
     return (q.astype(np.float64) - zero) * scale
 
 
-def run_matmul(isa, x, data, fmt, n, k, scale, *, activations, threads=1, bias=None, group_size=0, low=-INF, high=INF):
+def run_matmul(
+    isa,
+    x,
+    data,
+    fmt,
+    n,
+    k,
+    scale,
+    *,
+    activations,
+    threads=1,
+    bias=None,
+    group_size=0,
+    low=-INF,
+    high=INF,
+):
     return _core.matmul(
         isa, threads, x, data, str(fmt), n, k, scale, group_size, bias, activations, low, high
     )
@@ -69,7 +84,9 @@ def test_every_isa_and_thread_count_gives_the_same_bits(activations, m):
         expected = run_matmul("scalar", x, data, fmt, n, k, scale, activations=activations)
         for isa in _core.kernels.isa_names():
             for threads in (1, 3):
-                y = run_matmul(isa, x, data, fmt, n, k, scale, activations=activations, threads=threads)
+                y = run_matmul(
+                    isa, x, data, fmt, n, k, scale, activations=activations, threads=threads
+                )
                 np.testing.assert_array_equal(y, expected)
 
 
@@ -125,7 +142,9 @@ def naive_conv(x, weight, groups, kernel, strides, dilations, pads, out):
     batch, channels = x.shape[:2]
     size = channels // groups
     reach = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations)]
-    padded = np.zeros((batch, channels, *[max(r, i + p) for r, i, p in zip(reach, x.shape[2:], pads)]))
+    padded = np.zeros(
+        (batch, channels, *[max(r, i + p) for r, i, p in zip(reach, x.shape[2:], pads)])
+    )
     padded[(slice(None), slice(None), *[slice(p, p + i) for i, p in zip(x.shape[2:], pads)])] = x
     columns = np.empty((batch, groups, int(np.prod(kernel)), size, *out))
     for t, tap in enumerate(np.ndindex(*kernel)):
@@ -171,13 +190,19 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
     data, scale, _, weight = quantized(rng, n, k, fmt)
     x = np.maximum(rng.standard_normal((2, channels, *size)), -0.5).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32)
-    planar = n // groups % 16 != 0 or channels // groups % 4 != 0 if groups > 1 else channels < 4 and k <= 64
+    planar = (
+        n // groups % 16 != 0 or channels // groups % 4 != 0
+        if groups > 1
+        else channels < 4 and k <= 64
+    )
     planes = 0 if planar or fmt.kernel_class == "wide" else PLANES[activations]
     rows = rounded_rows(x.reshape(2, -1), planes).reshape(x.shape)
     geometry = groups, kernel, strides, dilations, pads, out
     exact = naive_conv(rows, weight, *geometry) + bias[:, None, None, None]
-    bound = (k + 4) * 2.0**-24 * (
-        naive_conv(np.abs(rows), np.abs(weight), *geometry) + np.abs(bias)[:, None, None, None]
+    bound = (
+        (k + 4)
+        * 2.0**-24
+        * (naive_conv(np.abs(rows), np.abs(weight), *geometry) + np.abs(bias)[:, None, None, None])
     )
     first = None
     for isa in _core.kernels.isa_names():

@@ -23,7 +23,9 @@ def weight_tensors(weight, fmt, kind="real"):
     codes = encode(weight, fmt, scale[:, None])
     if kind == "real":
         raw = (scale.view(np.uint32) >> 16).astype("<u2").tobytes()
-        stored = TensorProto(name="s", data_type=TensorProto.BFLOAT16, dims=scale.shape, raw_data=raw)
+        stored = TensorProto(
+            name="s", data_type=TensorProto.BFLOAT16, dims=scale.shape, raw_data=raw
+        )
     else:
         bias = 1 - fmt.mantissa_bits - np.log2(scale)
         stored = numpy_helper.from_array(bias.astype(np.int8), "s")
@@ -104,10 +106,25 @@ def test_conv_equals_the_float_op_with_decoded_weights(channels, attributes, spa
     x = rng.standard_normal((2, cin, *[9, 8, 7][:spatial])).astype(np.float32)
     bias = numpy_helper.from_array(rng.standard_normal(cout).astype(np.float32), "b")
     shape = {"x": [None, cin, *[None] * spatial]}
-    y = run(model("Conv", [*tensors, bias], shape, spatial + 2, format="e2m2", n=cout, k=k, group=group, **cut), x=x)
+    y = run(
+        model(
+            "Conv",
+            [*tensors, bias],
+            shape,
+            spatial + 2,
+            format="e2m2",
+            n=cout,
+            k=k,
+            group=group,
+            **cut,
+        ),
+        x=x,
+    )
     dense = np.moveaxis(values.reshape(cout, *kernel, cin // group), -1, 1)
     dense = numpy_helper.from_array(np.ascontiguousarray(dense), "w")
-    expected = run(model("Conv", [dense, bias], shape, spatial + 2, domain="", group=group, **cut), x=x)
+    expected = run(
+        model("Conv", [dense, bias], shape, spatial + 2, domain="", group=group, **cut), x=x
+    )
     assert y.shape == expected.shape
     np.testing.assert_allclose(y, expected, atol=1e-3 * np.abs(expected).max())
 

@@ -1,4 +1,5 @@
-// Drivers as functions of NumPy arrays, on any ISA and number of threads: what the tests compare with NumPy.
+// Drivers as functions of NumPy arrays, on any ISA and number of threads: what the tests compare
+// with NumPy.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -54,18 +55,23 @@ Result make_result(std::vector<size_t> shape) {
   return Result(data, shape.size(), shape.data(), owner);
 }
 
-afpq::PackedWeight weight_of(const AfpqKernels& kernels, const std::string& format, const Bytes& data, size_t n,
-                             size_t k, const Floats& scales, size_t group_size, size_t multiple, bool sums) {
+afpq::PackedWeight weight_of(const AfpqKernels& kernels, const std::string& format,
+                             const Bytes& data, size_t n, size_t k, const Floats& scales,
+                             size_t group_size, size_t multiple, bool sums) {
   afpq::Format parsed;
-  if (!afpq::parse_format(format.c_str(), &parsed)) throw std::invalid_argument("no such format: " + format);
+  if (!afpq::parse_format(format.c_str(), &parsed))
+    throw std::invalid_argument("no such format: " + format);
   if (data.size() != afpq::packed_bytes(n, k, parsed.bits())) {
-    throw std::invalid_argument("data has " + std::to_string(data.size()) + " bytes, which do not fit n, k and format");
+    throw std::invalid_argument("data has " + std::to_string(data.size()) +
+                                " bytes, which do not fit n, k and format");
   }
   const size_t groups = group_size ? afpq::ceil_div(k, group_size) : 1;
-  if (scales.size() != 1 && scales.size() != groups * n) throw std::invalid_argument("scales do not fit n");
+  if (scales.size() != 1 && scales.size() != groups * n)
+    throw std::invalid_argument("scales do not fit n");
   if (group_size % kTileK) throw std::invalid_argument("group_size must be a multiple of 4");
   afpq::PackedWeight weight;
-  load_weight(kernels, parsed, data.data(), n, k, scales.data(), scales.size(), group_size, multiple, sums, &weight);
+  load_weight(kernels, parsed, data.data(), n, k, scales.data(), scales.size(), group_size,
+              multiple, sums, &weight);
   return weight;
 }
 
@@ -81,14 +87,15 @@ const float* bias_of(const std::optional<Floats>& bias, size_t n) {
   return bias ? bias->data() : nullptr;
 }
 
-Result run_matmul(const std::string& isa, size_t threads, Floats lhs, Bytes data, const std::string& format, size_t n,
-                  size_t k, Floats scales, size_t group_size, std::optional<Floats> bias,
-                  const std::string& activations, float low, float high) {
+Result run_matmul(const std::string& isa, size_t threads, Floats lhs, Bytes data,
+                  const std::string& format, size_t n, size_t k, Floats scales, size_t group_size,
+                  std::optional<Floats> bias, const std::string& activations, float low,
+                  float high) {
   if (lhs.ndim() != 2 || lhs.shape(1) != k) throw std::invalid_argument("lhs must be [m, k]");
   const AfpqKernels& kernels = table(isa);
   const afpq::Activations mode = mode_of(activations);
-  const afpq::PackedWeight weight =
-      weight_of(kernels, format, data, n, k, scales, group_size, 1, mode != afpq::Activations::kF32);
+  const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, group_size, 1,
+                                              mode != afpq::Activations::kF32);
   Result result = make_result({lhs.shape(0), n});
   Threads pool{threads};
   const afpq::Matmul op{&kernels, &weight, mode, bias_of(bias, n), low, high};
@@ -97,11 +104,13 @@ Result run_matmul(const std::string& isa, size_t threads, Floats lhs, Bytes data
 }
 
 // Three spatial axes everywhere; `out` is the output's extent.
-Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data, const std::string& format, size_t n,
-                size_t k, Floats scales, std::optional<Floats> bias, const std::string& activations, float low,
-                float high, size_t groups, std::vector<size_t> kernel, std::vector<size_t> strides,
+Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data,
+                const std::string& format, size_t n, size_t k, Floats scales,
+                std::optional<Floats> bias, const std::string& activations, float low, float high,
+                size_t groups, std::vector<size_t> kernel, std::vector<size_t> strides,
                 std::vector<size_t> dilations, std::vector<size_t> pads, std::vector<size_t> out) {
-  if (x.ndim() != 5) throw std::invalid_argument("x must be [batch, channels, depth, height, width]");
+  if (x.ndim() != 5)
+    throw std::invalid_argument("x must be [batch, channels, depth, height, width]");
   afpq::ConvShape shape;
   shape.channels_in = x.shape(1);
   shape.channels_out = n;
@@ -114,12 +123,14 @@ Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data, co
     shape.dilations[axis] = dilations.at(axis);
     shape.pads[axis] = pads.at(axis);
   }
-  if (k != shape.num_taps() * shape.group_in()) throw std::invalid_argument("k is not taps * channels per group");
+  if (k != shape.num_taps() * shape.group_in())
+    throw std::invalid_argument("k is not taps * channels per group");
   const AfpqKernels& kernels = table(isa);
   const afpq::Activations mode = mode_of(activations);
   const size_t multiple = shape.group_in() % kTileK == 0 ? shape.group_in() / kTileK : 1;
   const bool sums = mode != afpq::Activations::kF32 && !conv_is_planar(shape);
-  const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, 0, multiple, sums);
+  const afpq::PackedWeight weight =
+      weight_of(kernels, format, data, n, k, scales, 0, multiple, sums);
   Result result = make_result({x.shape(0), n, out[0], out[1], out[2]});
   Threads pool{threads};
   const afpq::Conv op{&kernels, &weight, mode, bias_of(bias, n), low, high};
@@ -127,9 +138,11 @@ Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data, co
   return result;
 }
 
-Result run_unpack(Bytes data, const std::string& format, size_t n, size_t k, Floats scales, size_t group_size) {
+Result run_unpack(Bytes data, const std::string& format, size_t n, size_t k, Floats scales,
+                  size_t group_size) {
   const AfpqKernels& kernels = table("scalar");
-  const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, group_size, 1, false);
+  const afpq::PackedWeight weight =
+      weight_of(kernels, format, data, n, k, scales, group_size, 1, false);
   Result result = make_result({n, k});
   Threads pool{1};
   unpack(weight, result.data(), {Threads::run, &pool});
@@ -139,10 +152,11 @@ Result run_unpack(Bytes data, const std::string& format, size_t n, size_t k, Flo
 }  // namespace
 
 void bind_drivers(nb::module_& module) {
-  module.def("matmul", &run_matmul, "isa"_a, "threads"_a, "lhs"_a, "data"_a, "format"_a, "n"_a, "k"_a, "scales"_a,
-             "group_size"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a);
-  module.def("conv", &run_conv, "isa"_a, "threads"_a, "x"_a, "data"_a, "format"_a, "n"_a, "k"_a, "scales"_a,
-             "bias"_a.none(), "activations"_a, "low"_a, "high"_a, "groups"_a, "kernel"_a, "strides"_a, "dilations"_a,
-             "pads"_a, "out"_a);
+  module.def("matmul", &run_matmul, "isa"_a, "threads"_a, "lhs"_a, "data"_a, "format"_a, "n"_a,
+             "k"_a, "scales"_a, "group_size"_a, "bias"_a.none(), "activations"_a, "low"_a,
+             "high"_a);
+  module.def("conv", &run_conv, "isa"_a, "threads"_a, "x"_a, "data"_a, "format"_a, "n"_a, "k"_a,
+             "scales"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a, "groups"_a,
+             "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "out"_a);
   module.def("unpack", &run_unpack, "data"_a, "format"_a, "n"_a, "k"_a, "scales"_a, "group_size"_a);
 }

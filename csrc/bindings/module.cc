@@ -1,4 +1,5 @@
-// The Python extension `_core`: format tables, scale search, and every driver, so that C++ is tested from Python.
+// The Python extension `_core`: format tables, scale search, and every driver, so that C++ is
+// tested from Python.
 #include <nanobind/nanobind.h>
 
 #include "bindings/bindings.h"

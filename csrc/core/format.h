@@ -1,4 +1,5 @@
-// The adaptive-float formats in C++: codes to integers. The definition is afpq/formats.py; tests prove them equal.
+// The adaptive-float formats in C++: codes to integers. The definition is afpq/formats.py; tests
+// prove them equal.
 #pragma once
 
 #include <stddef.h>
@@ -15,18 +16,21 @@ struct Format {
   // +-I of a code below 2^bits.
   int64_t integer(unsigned code) const;
   int64_t max_integer() const;
-  // How kernels execute the format: planes of signed bytes (1 or 2), or 0 for the wide class (float lanes).
+  // How kernels execute the format: planes of signed bytes (1 or 2), or 0 for the wide class (float
+  // lanes).
   int num_planes() const;
 };
 
 // Reads "e2m1" or "ue2m5" with 2..8 bits; false when the text is not such a format.
 bool parse_format(const char* text, Format* format);
 
-// Lookup tables over an 8-bit window whose low `bits` bits are a code: periodic in 2^bits, as kernels.h asks.
+// Lookup tables over an 8-bit window whose low `bits` bits are a code: periodic in 2^bits, as
+// kernels.h asks.
 struct FormatTables {
-  int8_t low[256];    // byte class: I; pair class: the low plane of I = 256 * high + low, low in -128..127
-  int8_t high[256];   // pair class only
-  float value[256];   // I as float, exact
+  int8_t low[256];   // byte class: I; pair class: the low plane of I = 256 * high + low, low in
+                     // -128..127
+  int8_t high[256];  // pair class only
+  float value[256];  // I as float, exact
 };
 void fill_tables(const Format& format, FormatTables* tables);
 

@@ -1,4 +1,5 @@
-// Work sharing without owning threads: the caller (onnxruntime's pool, or a test) says how tasks are run.
+// Work sharing without owning threads: the caller (onnxruntime's pool, or a test) says how tasks
+// are run.
 #pragma once
 
 #include <stddef.h>
@@ -10,13 +11,14 @@
 namespace afpq {
 
 struct Parallel {
-  // Calls task(user, i) for every i in 0..total-1, in any order, on any thread; returns when all are done.
+  // Calls task(user, i) for every i in 0..total-1, in any order, on any thread; returns when all
+  // are done.
   void (*run)(void* context, size_t total, void (*task)(void* user, size_t i), void* user);
   void* context;
 };
 
-// body(i) for i in 0..total-1. A task that runs out of memory does not unwind through foreign threads: the failure is
-// kept and thrown here, when all tasks are done.
+// body(i) for i in 0..total-1. A task that runs out of memory does not unwind through foreign
+// threads: the failure is kept and thrown here, when all tasks are done.
 template <typename Body>
 void parallel_for(const Parallel& parallel, size_t total, Body&& body) {
   if (total <= 1) {

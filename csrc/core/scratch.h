@@ -19,10 +19,12 @@ class Scratch {
     }
     used_ = 0;
   }
-  // `count` elements, 64-byte aligned. The total since `reset` must stay within its `bytes` (see `room`).
+  // `count` elements, 64-byte aligned. The total since `reset` must stay within its `bytes` (see
+  // `room`).
   template <typename T>
   T* take(size_t count) {
-    const uintptr_t base = (reinterpret_cast<uintptr_t>(memory_.get()) + kAlignment - 1) / kAlignment;
+    const uintptr_t base =
+        (reinterpret_cast<uintptr_t>(memory_.get()) + kAlignment - 1) / kAlignment;
     uint8_t* result = reinterpret_cast<uint8_t*>(base * kAlignment) + used_;
     used_ += room<T>(count);
     return reinterpret_cast<T*>(result);
@@ -39,7 +41,8 @@ class Scratch {
   size_t used_ = 0;
 };
 
-// One for the thread that runs a layer, one for each thread that runs its tasks (the same thread may do both).
+// One for the thread that runs a layer, one for each thread that runs its tasks (the same thread
+// may do both).
 Scratch& layer_scratch();
 Scratch& task_scratch();
 

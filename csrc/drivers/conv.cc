@@ -20,18 +20,21 @@ enum class Taps {
 Taps taps_of(const ConvShape& shape) {
   if (shape.group_in() % kTileK != 0) return Taps::kPatches;
   for (int axis = 0; axis < 3; ++axis) {
-    if (shape.kernel[axis] != 1 || shape.strides[axis] != 1 || shape.in[axis] != shape.out[axis] || shape.pads[axis]) {
+    if (shape.kernel[axis] != 1 || shape.strides[axis] != 1 || shape.in[axis] != shape.out[axis] ||
+        shape.pads[axis]) {
       return Taps::kOffsets;
     }
   }
   return Taps::kDirect;
 }
 
-// Index of the input pixel under (tap, output pixel) or -1 in the padding: pixels[num_out][num_taps] times `scale`.
+// Index of the input pixel under (tap, output pixel) or -1 in the padding:
+// pixels[num_out][num_taps] times `scale`.
 void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
   const auto position = [&](int axis, size_t out, size_t tap) -> ptrdiff_t {
-    const ptrdiff_t at = static_cast<ptrdiff_t>(out * shape.strides[axis] + tap * shape.dilations[axis]) -
-                         static_cast<ptrdiff_t>(shape.pads[axis]);
+    const ptrdiff_t at =
+        static_cast<ptrdiff_t>(out * shape.strides[axis] + tap * shape.dilations[axis]) -
+        static_cast<ptrdiff_t>(shape.pads[axis]);
     return at < 0 || at >= static_cast<ptrdiff_t>(shape.in[axis]) ? -1 : at;
   };
   for (size_t z = 0; z < shape.out[0]; ++z) {
@@ -44,7 +47,8 @@ void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
             for (size_t kx = 0; kx < shape.kernel[2]; ++kx) {
               const ptrdiff_t ix = position(2, x, kx);
               const ptrdiff_t pixel = (iz * static_cast<ptrdiff_t>(shape.in[1]) + iy) *
-                                          static_cast<ptrdiff_t>(shape.in[2]) + ix;
+                                          static_cast<ptrdiff_t>(shape.in[2]) +
+                                      ix;
               *offsets++ = iz < 0 || iy < 0 || ix < 0 ? -1 : static_cast<int32_t>(pixel * scale);
             }
           }
@@ -56,8 +60,8 @@ void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
 
 // Copies the taps of each output pixel into one row: rows[num_out][padded]. T is uint8_t or float.
 template <typename T>
-void gather_patches(const ConvShape& shape, const T* pixels, const int32_t* offsets, T padding, size_t padded,
-                    const Parallel& parallel, T* rows) {
+void gather_patches(const ConvShape& shape, const T* pixels, const int32_t* offsets, T padding,
+                    size_t padded, const Parallel& parallel, T* rows) {
   const size_t taps = shape.num_taps(), channels = shape.channels_in;
   const size_t step = std::max<size_t>(1, kTaskElements / padded);
   parallel_for(parallel, ceil_div(shape.num_out(), step), [&](size_t task) {
@@ -84,8 +88,8 @@ RowQuantizer quantize_sample(const Conv& op, const ConvShape& shape, const float
   std::vector<int> finite(parts);
   parallel_for(parallel, parts, [&](size_t part) {
     const size_t begin = part * kTaskElements;
-    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part], &highs[part],
-                          &finite[part]);
+    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part],
+                          &highs[part], &finite[part]);
   });
   const RowQuantizer quantizer = quantizer_for_range(
       *std::min_element(lows.begin(), lows.end()), *std::max_element(highs.begin(), highs.end()),
@@ -95,7 +99,8 @@ RowQuantizer quantize_sample(const Conv& op, const ConvShape& shape, const float
     AfpqQuantize quantize = quantizer.quantize;
     const size_t begin = task * step;
     for (int p = 0; p < planes; ++p) quantize.planes[p] = bytes[p] + begin * channels;
-    op.kernels->quantize_transpose_u8_f32(src + begin, count, channels, std::min(step, count - begin), &quantize);
+    op.kernels->quantize_transpose_u8_f32(src + begin, count, channels,
+                                          std::min(step, count - begin), &quantize);
   });
   return quantizer;
 }
@@ -120,8 +125,9 @@ Sample allocate_sample(const ConvShape& shape, Taps taps, int planes, size_t pad
   using S = Scratch;
   Scratch& scratch = layer_scratch();
   const size_t element = planes ? planes * sizeof(uint8_t) : sizeof(float);
-  scratch.reset(element * (pixels + patches + group_in) + 6 * S::room<uint8_t>(1) + S::room<int32_t>(offsets) +
-                S::room<float>(shape.num_out()) + S::room<int32_t>(shape.num_out()));
+  scratch.reset(element * (pixels + patches + group_in) + 6 * S::room<uint8_t>(1) +
+                S::room<int32_t>(offsets) + S::room<float>(shape.num_out()) +
+                S::room<int32_t>(shape.num_out()));
   Sample sample;
   for (int p = 0; p < planes; ++p) {
     sample.bytes[p] = scratch.take<uint8_t>(pixels);
@@ -140,13 +146,15 @@ Sample allocate_sample(const ConvShape& shape, Taps taps, int planes, size_t pad
   return sample;
 }
 
-void fill_rows(const Conv& op, const ConvShape& shape, const float* src, Taps taps, int planes, size_t padded,
-               const Sample& sample, const Parallel& parallel) {
+void fill_rows(const Conv& op, const ConvShape& shape, const float* src, Taps taps, int planes,
+               size_t padded, const Sample& sample, const Parallel& parallel) {
   if (planes == 0) {
-    op.kernels->transpose_f32(src, shape.num_in(), shape.channels_in, shape.num_in(), sample.floats);
+    op.kernels->transpose_f32(src, shape.num_in(), shape.channels_in, shape.num_in(),
+                              sample.floats);
     std::fill(sample.row_scales, sample.row_scales + shape.num_out(), 1.0f);
     if (taps == Taps::kPatches) {
-      gather_patches(shape, sample.floats, sample.offsets, 0.0f, padded, parallel, sample.float_patches);
+      gather_patches(shape, sample.floats, sample.offsets, 0.0f, padded, parallel,
+                     sample.float_patches);
     }
     return;
   }
@@ -158,12 +166,14 @@ void fill_rows(const Conv& op, const ConvShape& shape, const float* src, Taps ta
     const uint8_t byte = static_cast<uint8_t>(p == 0 && planes == 2 ? zero >> 8 : zero & 255);
     std::fill(sample.padding[p], sample.padding[p] + shape.group_in(), byte);
     if (taps == Taps::kPatches) {
-      gather_patches(shape, sample.bytes[p], sample.offsets, byte, padded, parallel, sample.patches[p]);
+      gather_patches(shape, sample.bytes[p], sample.offsets, byte, padded, parallel,
+                     sample.patches[p]);
     }
   }
 }
 
-LhsRows rows_of_group(const ConvShape& shape, Taps taps, size_t padded, size_t group, const Sample& sample) {
+LhsRows rows_of_group(const ConvShape& shape, Taps taps, size_t padded, size_t group,
+                      const Sample& sample) {
   LhsRows rows;
   const size_t channel = group * shape.group_in();
   const bool patches = taps == Taps::kPatches;
@@ -189,7 +199,8 @@ void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t 
   const Sample sample = allocate_sample(shape, taps, planes, padded);
   if (taps != Taps::kDirect) tap_offsets(shape, shape.channels_in, sample.offsets);
   for (size_t i = 0; i < batch; ++i) {
-    fill_rows(op, shape, src + i * shape.channels_in * shape.num_in(), taps, planes, padded, sample, parallel);
+    fill_rows(op, shape, src + i * shape.channels_in * shape.num_in(), taps, planes, padded, sample,
+              parallel);
     for (size_t group = 0; group < shape.groups; ++group) {
       GemmJob job;
       job.kernels = op.kernels;

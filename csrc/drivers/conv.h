@@ -1,15 +1,18 @@
-// Convolution of any rank 1..3 with strides, pads, dilations and groups, on channel-first float tensors.
+// Convolution of any rank 1..3 with strides, pads, dilations and groups, on channel-first float
+// tensors.
 //
-// Two paths. `gemm`: each sample is rounded to byte planes and turned channel-last, then taps are read in place through
-// offsets (or patches are gathered when the channels of a tap are not a multiple of 4). `planar`: depthwise and small
-// convolutions run on the float planes themselves, one output channel at a time.
+// Two paths. `gemm`: each sample is rounded to byte planes and turned channel-last, then taps are
+// read in place through offsets (or patches are gathered when the channels of a tap are not a
+// multiple of 4). `planar`: depthwise and small convolutions run on the float planes themselves,
+// one output channel at a time.
 #pragma once
 
 #include "drivers/gemm.h"
 
 namespace afpq {
 
-// All spatial quantities have three axes (depth, height, width); missing leading axes are 1 (or 0 for pads).
+// All spatial quantities have three axes (depth, height, width); missing leading axes are 1 (or 0
+// for pads).
 struct ConvShape {
   size_t channels_in = 0;
   size_t channels_out = 0;
@@ -28,11 +31,12 @@ struct ConvShape {
   size_t group_out() const { return channels_out / groups; }
 };
 
-// Whether a convolution runs on float planes, which its attributes decide: groups do not fill tiles of 16 channels, or
-// their taps cannot be read in place, or there is so little to multiply (the first layer of an image network) that
-// rounding and gathering would cost more than the products.
+// Whether a convolution runs on float planes, which its attributes decide: groups do not fill tiles
+// of 16 channels, or their taps cannot be read in place, or there is so little to multiply (the
+// first layer of an image network) that rounding and gathering would cost more than the products.
 inline bool conv_is_planar(const ConvShape& shape) {
-  if (shape.groups == 1) return shape.channels_in < kTileK && shape.channels_in * shape.num_taps() <= 64;
+  if (shape.groups == 1)
+    return shape.channels_in < kTileK && shape.channels_in * shape.num_taps() <= 64;
   return shape.group_out() % kTileN != 0 || shape.group_in() % kTileK != 0;
 }
 
@@ -45,7 +49,8 @@ struct Conv {
 };
 
 // src: [batch, channels_in, in...], dst: [batch, channels_out, out...].
-void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst, const Parallel& parallel);
+void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
+          const Parallel& parallel);
 
 // The planar path, chosen by `conv`.
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,

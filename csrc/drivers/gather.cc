@@ -9,8 +9,8 @@ constexpr size_t kTaskElements = size_t{1} << 14;
 
 }  // namespace
 
-bool gather(const PackedWeight& weight, const int64_t* indices, size_t count, float* dst, const Parallel& parallel,
-            int64_t* bad) {
+bool gather(const PackedWeight& weight, const int64_t* indices, size_t count, float* dst,
+            const Parallel& parallel, int64_t* bad) {
   const int64_t n = static_cast<int64_t>(weight.n);
   for (size_t i = 0; i < count; ++i) {
     if (indices[i] < -n || indices[i] >= n) {
@@ -21,7 +21,8 @@ bool gather(const PackedWeight& weight, const int64_t* indices, size_t count, fl
   const size_t step = std::max<size_t>(1, kTaskElements / weight.k);
   parallel_for(parallel, ceil_div(count, step), [&](size_t task) {
     for (size_t i = task * step; i < std::min(count, (task + 1) * step); ++i) {
-      decode_row(weight, static_cast<size_t>(indices[i] < 0 ? indices[i] + n : indices[i]), dst + i * weight.k);
+      decode_row(weight, static_cast<size_t>(indices[i] < 0 ? indices[i] + n : indices[i]),
+                 dst + i * weight.k);
     }
   });
   return true;

@@ -9,9 +9,11 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kBlockRows = 48;        // rows whose sums and floats stay in L1 (a multiple of 16 and of 6)
-constexpr size_t kFewRowsTiles = 128;    // tiles of k expanded at a time when one block holds all rows: 32 KB
-constexpr size_t kTargetTasks = 8;       // enough for a few threads; the pool is not asked for its size
+constexpr size_t kBlockRows =
+    48;  // rows whose sums and floats stay in L1 (a multiple of 16 and of 6)
+constexpr size_t kFewRowsTiles =
+    128;  // tiles of k expanded at a time when one block holds all rows: 32 KB
+constexpr size_t kTargetTasks = 8;  // enough for a few threads; the pool is not asked for its size
 
 // The part of a job that one task works on.
 struct Panel {
@@ -29,9 +31,10 @@ Panel panel_of(const GemmJob& job, size_t index) {
 
 size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps; }
 
-// Pointers of one register tile, as kernels.h wants them: [tap][kMaxRows]. `first` and `count` are in byte rows.
-void byte_pointers(const LhsRows& lhs, int planes, size_t first, size_t count, size_t tap_begin, size_t tap_end,
-                   size_t byte_offset, const uint8_t** out) {
+// Pointers of one register tile, as kernels.h wants them: [tap][kMaxRows]. `first` and `count` are
+// in byte rows.
+void byte_pointers(const LhsRows& lhs, int planes, size_t first, size_t count, size_t tap_begin,
+                   size_t tap_end, size_t byte_offset, const uint8_t** out) {
   for (size_t i = 0; i < count; ++i) {
     const size_t row = (first + i) / planes;
     const int plane = static_cast<int>((first + i) % planes);
@@ -42,13 +45,14 @@ void byte_pointers(const LhsRows& lhs, int planes, size_t first, size_t count, s
     }
     const int32_t* offsets = lhs.offsets + row * lhs.num_taps;
     for (size_t tap = tap_begin; tap < tap_end; ++tap) {
-      out[(tap - tap_begin) * kMaxRows + i] = offsets[tap] < 0 ? lhs.byte_padding[plane] : base + offsets[tap];
+      out[(tap - tap_begin) * kMaxRows + i] =
+          offsets[tap] < 0 ? lhs.byte_padding[plane] : base + offsets[tap];
     }
   }
 }
 
-void float_pointers(const LhsRows& lhs, size_t first, size_t count, size_t tap_begin, size_t tap_end,
-                    size_t element_offset, const float** out) {
+void float_pointers(const LhsRows& lhs, size_t first, size_t count, size_t tap_begin,
+                    size_t tap_end, size_t element_offset, const float** out) {
   for (size_t i = 0; i < count; ++i) {
     if (lhs.offsets == nullptr) {
       out[i] = lhs.floats + (first + i) * lhs.stride + element_offset;
@@ -56,7 +60,8 @@ void float_pointers(const LhsRows& lhs, size_t first, size_t count, size_t tap_b
     }
     const int32_t* offsets = lhs.offsets + (first + i) * lhs.num_taps;
     for (size_t tap = tap_begin; tap < tap_end; ++tap) {
-      out[(tap - tap_begin) * kMaxRows + i] = offsets[tap] < 0 ? lhs.float_padding : lhs.floats + offsets[tap];
+      out[(tap - tap_begin) * kMaxRows + i] =
+          offsets[tap] < 0 ? lhs.float_padding : lhs.floats + offsets[tap];
     }
   }
 }
@@ -78,7 +83,8 @@ Workspace make_workspace(const GemmJob& job, size_t tiles, size_t pointer_taps) 
   const size_t rows = std::min(job.m, kBlockRows);
   Scratch& scratch = task_scratch();
   using S = Scratch;
-  scratch.reset(weight_planes * (S::room<int8_t>(codes) + S::room<int32_t>(rows * planes * kPanelN)) +
+  scratch.reset(weight_planes *
+                    (S::room<int8_t>(codes) + S::room<int32_t>(rows * planes * kPanelN)) +
                 (planes ? 0 : S::room<float>(codes) + S::room<float>(rows * kPanelN)) +
                 S::room<float>(rows * kPanelN) + S::room<void*>(pointer_taps * kMaxRows));
   Workspace work = {};
@@ -96,7 +102,8 @@ Workspace make_workspace(const GemmJob& job, size_t tiles, size_t pointer_taps) 
 }
 
 // Expands tiles [begin, end) of every block of the panel.
-void expand_panel(const GemmJob& job, const Panel& panel, size_t begin, size_t end, const Workspace& work) {
+void expand_panel(const GemmJob& job, const Panel& panel, size_t begin, size_t end,
+                  const Workspace& work) {
   const PackedWeight& weight = *job.weight;
   const unsigned bits = weight.format.bits();
   const int8_t* tables[2] = {weight.tables.low, weight.tables.high};
@@ -104,7 +111,8 @@ void expand_panel(const GemmJob& job, const Panel& panel, size_t begin, size_t e
     const uint8_t* src = weight.block(panel.first_block + b) + begin * weight.tile_bytes;
     const size_t place = b * (end - begin) * kTileCodes;
     if (work.expanded_f32) {
-      job.kernels->expand_f32_afp(src, end - begin, bits, weight.tables.value, work.expanded_f32 + place);
+      job.kernels->expand_f32_afp(src, end - begin, bits, weight.tables.value,
+                                  work.expanded_f32 + place);
       continue;
     }
     for (int q = 0; q < weight.format.num_planes(); ++q) {
@@ -113,10 +121,10 @@ void expand_panel(const GemmJob& job, const Panel& panel, size_t begin, size_t e
   }
 }
 
-// Sums of rows [first, first + count) over tiles [begin, end) of k. The expanded tiles start at `base` and hold
-// `tiles` per block.
-void sum_tiles(const GemmJob& job, const Panel& panel, size_t first, size_t count, size_t begin, size_t end,
-               size_t base, size_t tiles, bool accumulate, const Workspace& work) {
+// Sums of rows [first, first + count) over tiles [begin, end) of k. The expanded tiles start at
+// `base` and hold `tiles` per block.
+void sum_tiles(const GemmJob& job, const Panel& panel, size_t first, size_t count, size_t begin,
+               size_t end, size_t base, size_t tiles, bool accumulate, const Workspace& work) {
   const size_t per_tap = tap_tiles(job);
   const bool taps = job.lhs.offsets != nullptr;
   const size_t tap_begin = taps ? begin / per_tap : 0, tap_end = taps ? end / per_tap : 1;
@@ -128,25 +136,28 @@ void sum_tiles(const GemmJob& job, const Panel& panel, size_t first, size_t coun
     for (size_t i = 0; i < count; i += kMaxRows) {
       const size_t rows = std::min<size_t>(kMaxRows, count - i);
       float_pointers(job.lhs, first + i, rows, tap_begin, tap_end, begin * kTileK, pointers);
-      job.kernels->gemm_f32_f32_f32(pointers, tap_end - tap_begin, tile_count, work.expanded_f32 + place, tiles, rows,
-                                    panel.num_blocks, accumulate, work.floats + i * kPanelN);
+      job.kernels->gemm_f32_f32_f32(pointers, tap_end - tap_begin, tile_count,
+                                    work.expanded_f32 + place, tiles, rows, panel.num_blocks,
+                                    accumulate, work.floats + i * kPanelN);
     }
     return;
   }
   const uint8_t** pointers = reinterpret_cast<const uint8_t**>(work.pointers);
   for (size_t i = 0; i < count * planes; i += kMaxRows) {
     const size_t rows = std::min<size_t>(kMaxRows, count * planes - i);
-    byte_pointers(job.lhs, planes, first * planes + i, rows, tap_begin, tap_end, begin * kTileK, pointers);
+    byte_pointers(job.lhs, planes, first * planes + i, rows, tap_begin, tap_end, begin * kTileK,
+                  pointers);
     for (int q = 0; q < job.weight->format.num_planes(); ++q) {
-      job.kernels->gemm_s32_u8_s8(pointers, tap_end - tap_begin, tile_count, work.expanded[q] + place, tiles, rows,
-                                  panel.num_blocks, accumulate, work.sums[q] + i * kPanelN);
+      job.kernels->gemm_s32_u8_s8(pointers, tap_end - tap_begin, tile_count,
+                                  work.expanded[q] + place, tiles, rows, panel.num_blocks,
+                                  accumulate, work.sums[q] + i * kPanelN);
     }
   }
 }
 
 // Sums of one segment -> scaled floats.
-void combine_segment(const GemmJob& job, const Panel& panel, size_t first, size_t count, size_t segment,
-                     const Workspace& work) {
+void combine_segment(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                     size_t segment, const Workspace& work) {
   const PackedWeight& weight = *job.weight;
   const size_t width = weight.num_blocks * kTileN, channel = panel.first_block * kTileN;
   const float* scales = weight.scales.data() + weight.segments[segment].group * width + channel;
@@ -177,7 +188,8 @@ void combine_segment(const GemmJob& job, const Panel& panel, size_t first, size_
   job.kernels->combine_f32_s32(&combine);
 }
 
-void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count, const Workspace& work) {
+void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                const Workspace& work) {
   static constexpr float kNoBias[kPanelN] = {};
   AfpqStore store = {};
   store.src = work.scaled;
@@ -201,7 +213,8 @@ void gemm_few_rows(const GemmJob& job, const Panel& panel) {
     for (size_t begin = segments[s].begin; begin < segments[s].end; begin += kFewRowsTiles) {
       const size_t end = std::min(begin + kFewRowsTiles, segments[s].end);
       expand_panel(job, panel, begin, end, work);
-      sum_tiles(job, panel, 0, job.m, begin, end, begin, end - begin, begin > segments[s].begin, work);
+      sum_tiles(job, panel, 0, job.m, begin, end, begin, end - begin, begin > segments[s].begin,
+                work);
     }
     combine_segment(job, panel, 0, job.m, s, work);
   }
@@ -216,7 +229,8 @@ void gemm_many_rows(const GemmJob& job, const Panel& panel, size_t row_begin, si
     const size_t count = std::min(kBlockRows, row_end - first);
     for (size_t s = 0; s < weight.segments.size(); ++s) {
       const Segment& segment = weight.segments[s];
-      sum_tiles(job, panel, first, count, segment.begin, segment.end, 0, weight.num_tiles, false, work);
+      sum_tiles(job, panel, first, count, segment.begin, segment.end, 0, weight.num_tiles, false,
+                work);
       combine_segment(job, panel, first, count, s, work);
     }
     store_rows(job, panel, first, count, work);

@@ -1,4 +1,5 @@
-// The loop nest shared by matrix products and convolutions: dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T * scales + bias).
+// The loop nest shared by matrix products and convolutions: dst[m, n] = clamp(lhs[m, k] * weight[n,
+// k]^T * scales + bias).
 //
 //   for each task (a range of rows x a panel of 64 channels):            parallel
 //     expand the panel's codes into signed bytes (L1/L2)                 once per task
@@ -6,8 +7,8 @@
 //       for each segment of k, each plane, each tile of 6 byte rows:     gemm_s32_u8_s8
 //       combine planes and scales to float; add bias, clamp, store
 //
-// Activations are byte planes: a8 has one row of bytes per row of lhs, a16 two (high, low). The f32 mode and the wide
-// formats take the same path with floats in place of bytes.
+// Activations are byte planes: a8 has one row of bytes per row of lhs, a16 two (high, low). The f32
+// mode and the wide formats take the same path with floats in place of bytes.
 #pragma once
 
 #include <stddef.h>
@@ -26,8 +27,9 @@ inline int lhs_planes(Activations mode, const Format& format) {
   return format.num_planes() == 0 ? 0 : static_cast<int>(mode);
 }
 
-// Where the rows of lhs lie. Either row r starts at plane + r * stride (offsets null: one tap of all k), or tap t of
-// row r starts at plane + offsets[r * num_taps + t] (bytes or floats), or at `padding` where the offset is negative.
+// Where the rows of lhs lie. Either row r starts at plane + r * stride (offsets null: one tap of
+// all k), or tap t of row r starts at plane + offsets[r * num_taps + t] (bytes or floats), or at
+// `padding` where the offset is negative.
 struct LhsRows {
   const uint8_t* bytes[2] = {nullptr, nullptr};  // a8: [0]; a16: high, low
   const float* floats = nullptr;                 // f32
@@ -58,7 +60,8 @@ struct GemmJob {
 void gemm(const GemmJob& job, const Parallel& parallel);
 
 // Rounds rows of floats to byte planes with a scale and a zero point each (range: the row and 0).
-// NaN or infinity in a row makes its scale NaN, so the row's results are NaN as they would be in float.
+// NaN or infinity in a row makes its scale NaN, so the row's results are NaN as they would be in
+// float.
 struct RowQuantizer {
   float scale;
   AfpqQuantize quantize;

@@ -7,7 +7,8 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kTaskElements = size_t{1} << 14;  // rounding fewer elements than this is not worth a task
+constexpr size_t kTaskElements = size_t{1}
+                                 << 14;  // rounding fewer elements than this is not worth a task
 
 }  // namespace
 
@@ -17,7 +18,8 @@ void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Para
   const int planes = lhs_planes(op.mode, weight.format);
   Scratch& scratch = layer_scratch();
   const bool copy_floats = planes == 0 && padded != k;
-  scratch.reset(Scratch::room<float>(m) + Scratch::room<int32_t>(m) + 2 * Scratch::room<uint8_t>(m * padded) +
+  scratch.reset(Scratch::room<float>(m) + Scratch::room<int32_t>(m) +
+                2 * Scratch::room<uint8_t>(m * padded) +
                 (copy_floats ? Scratch::room<float>(m * padded) : 0));
   float* row_scales = scratch.take<float>(m);
   int32_t* zero_points = scratch.take<int32_t>(m);
@@ -30,7 +32,8 @@ void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Para
       const float* row = lhs + r * k;
       if (planes == 0) {
         row_scales[r] = 1.0f;
-        if (copy_floats) std::fill(std::copy(row, row + k, floats + r * padded), floats + (r + 1) * padded, 0.0f);
+        if (copy_floats)
+          std::fill(std::copy(row, row + k, floats + r * padded), floats + (r + 1) * padded, 0.0f);
         continue;
       }
       float low, high;

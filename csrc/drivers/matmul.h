@@ -1,4 +1,5 @@
-// dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T + bias), rows of lhs rounded on the way in as the mode says.
+// dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T + bias), rows of lhs rounded on the way in as the
+// mode says.
 #pragma once
 
 #include "drivers/gemm.h"

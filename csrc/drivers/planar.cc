@@ -1,13 +1,15 @@
-// Depthwise and small grouped convolutions on float planes: one output channel at a time, fma over its taps.
+// Depthwise and small grouped convolutions on float planes: one output channel at a time, fma over
+// its taps.
 //
-// A plane is copied once into padded scratch, cut into phases so that any stride reads contiguous floats. For one axis
-// with stride 2 and kernel 3 (dilation 1), padded input x0 x1 x2 ...:
+// A plane is copied once into padded scratch, cut into phases so that any stride reads contiguous
+// floats. For one axis with stride 2 and kernel 3 (dilation 1), padded input x0 x1 x2 ...:
 //
 //   phase 0: x0 x2 x4 ...   tap 0 reads phase 0 from 0, tap 2 reads phase 0 from 1
 //   phase 1: x1 x3 x5 ...   tap 1 reads phase 1 from 0
 //
-// All three axes are cut so; then output (z, y, x) of every tap lies at one common offset, and a whole plane of outputs
-// (with some columns to drop at the end of each row) is one call of the kernel.
+// All three axes are cut so; then output (z, y, x) of every tap lies at one common offset, and a
+// whole plane of outputs (with some columns to drop at the end of each row) is one call of the
+// kernel.
 #include <algorithm>
 
 #include "core/scratch.h"
@@ -17,9 +19,9 @@ namespace afpq {
 namespace {
 
 struct Phases {
-  size_t count[3];    // strides
-  size_t extent[3];   // of one phase, per axis
-  size_t plane;       // elements of one phase
+  size_t count[3];   // strides
+  size_t extent[3];  // of one phase, per axis
+  size_t plane;      // elements of one phase
   size_t num_phases;
 };
 
@@ -47,7 +49,8 @@ size_t tap_start(const ConvShape& shape, const Phases& phases, const size_t* tap
 }
 
 // One row of input, at padded position (z, y), into its phases.
-void cut_row(const ConvShape& shape, const Phases& phases, const float* row, size_t z, size_t y, float* dst) {
+void cut_row(const ConvShape& shape, const Phases& phases, const float* row, size_t z, size_t y,
+             float* dst) {
   const size_t sz = phases.count[0], sy = phases.count[1], sx = phases.count[2];
   if (z / sz >= phases.extent[0] || y / sy >= phases.extent[1]) return;
   float* base = dst + ((z % sz * sy + y % sy) * sx) * phases.plane +
@@ -85,18 +88,20 @@ size_t phases_size(const ConvShape& shape, const Phases& phases) {
 }
 
 struct Workspace {
-  float* phases;        // [group_in][num_phases][plane], zero wherever no input lands
-  float* line;          // outputs of a plane with the columns to drop
-  const float** taps;   // [k]
-  float* weights;       // [k]
+  float* phases;       // [group_in][num_phases][plane], zero wherever no input lands
+  float* line;         // outputs of a plane with the columns to drop
+  const float** taps;  // [k]
+  float* weights;      // [k]
 };
 
-// `phases_in` holds the phases of the only group, or is null: then room for the phases of one group is taken.
+// `phases_in` holds the phases of the only group, or is null: then room for the phases of one group
+// is taken.
 Workspace make_workspace(const ConvShape& shape, const Phases& phases, size_t k, float* phases_in) {
   const size_t size = phases_in ? 0 : phases_size(shape, phases);
   Scratch& scratch = task_scratch();
   using S = Scratch;
-  scratch.reset(S::room<float>(size) + S::room<float>(phases.plane) + S::room<float*>(k) + S::room<float>(k));
+  scratch.reset(S::room<float>(size) + S::room<float>(phases.plane) + S::room<float*>(k) +
+                S::room<float>(k));
   Workspace work;
   float* own = scratch.take<float>(size);
   work.phases = phases_in ? phases_in : own;
@@ -111,7 +116,8 @@ Workspace make_workspace(const ConvShape& shape, const Phases& phases, size_t k,
       for (size_t x = 0; x < shape.kernel[2]; ++x) {
         const size_t at[3] = {z, y, x};
         for (size_t c = 0; c < shape.group_in(); ++c) {
-          *tap++ = work.phases + c * phases.num_phases * phases.plane + tap_start(shape, phases, at);
+          *tap++ =
+              work.phases + c * phases.num_phases * phases.plane + tap_start(shape, phases, at);
         }
       }
     }
@@ -119,16 +125,18 @@ Workspace make_workspace(const ConvShape& shape, const Phases& phases, size_t k,
   return work;
 }
 
-void run_channel(const Conv& op, const ConvShape& shape, const Phases& phases, size_t channel, const Workspace& work,
-                 float* dst) {
+void run_channel(const Conv& op, const ConvShape& shape, const Phases& phases, size_t channel,
+                 const Workspace& work, float* dst) {
   const PackedWeight& weight = *op.weight;
-  for (size_t i = 0; i < weight.k; ++i) work.weights[i] = weight.tables.value[weight.code(channel, i)];
+  for (size_t i = 0; i < weight.k; ++i)
+    work.weights[i] = weight.tables.value[weight.code(channel, i)];
   const float scale = weight.scales[channel], bias = op.bias ? op.bias[channel] : 0.0f;
   const size_t row = phases.extent[2], rows = phases.extent[1];
   for (size_t z = 0; z < shape.out[0]; ++z) {
     // The last row ends with its last output, so no read goes past the last phase.
     const size_t count = (shape.out[1] - 1) * row + shape.out[2];
-    op.kernels->planar_f32(work.taps, work.weights, weight.k, count, scale, bias, op.low, op.high, work.line);
+    op.kernels->planar_f32(work.taps, work.weights, weight.k, count, scale, bias, op.low, op.high,
+                           work.line);
     for (size_t y = 0; y < shape.out[1]; ++y, dst += shape.out[2]) {
       std::copy(work.line + y * row, work.line + y * row + shape.out[2], dst);
     }
@@ -144,8 +152,8 @@ void cut_group(const ConvShape& shape, const Phases& phases, const float* src, f
 }
 
 // One group: its planes are cut once, its output channels are shared out.
-void run_one_group(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src, size_t batch,
-                   float* dst, const Parallel& parallel) {
+void run_one_group(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src,
+                   size_t batch, float* dst, const Parallel& parallel) {
   const size_t size = phases_size(shape, phases);
   layer_scratch().reset(Scratch::room<float>(size));
   float* cut = layer_scratch().take<float>(size);
@@ -156,17 +164,20 @@ void run_one_group(const Conv& op, const ConvShape& shape, const Phases& phases,
     parallel_for(parallel, ceil_div(shape.channels_out, step), [&](size_t task) {
       const Workspace work = make_workspace(shape, phases, op.weight->k, cut);
       for (size_t c = task * step; c < std::min(shape.channels_out, (task + 1) * step); ++c) {
-        run_channel(op, shape, phases, c, work, dst + (sample * shape.channels_out + c) * shape.num_out());
+        run_channel(op, shape, phases, c, work,
+                    dst + (sample * shape.channels_out + c) * shape.num_out());
       }
     });
   }
 }
 
 // Many groups: each task cuts and uses one group after another, so the planes stay in its cache.
-void run_groups(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src, size_t batch,
-                float* dst, const Parallel& parallel) {
-  const size_t total = batch * shape.groups, work_of_one = phases.plane * op.weight->k * shape.group_out();
-  const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), (size_t{1} << 18) / work_of_one));
+void run_groups(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src,
+                size_t batch, float* dst, const Parallel& parallel) {
+  const size_t total = batch * shape.groups,
+               work_of_one = phases.plane * op.weight->k * shape.group_out();
+  const size_t step =
+      std::max<size_t>(1, std::min(ceil_div(total, 8), (size_t{1} << 18) / work_of_one));
   parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
     const Workspace work = make_workspace(shape, phases, op.weight->k, nullptr);
     for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {

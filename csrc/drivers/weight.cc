@@ -31,13 +31,16 @@ void sum_columns(const AfpqKernels& kernels, PackedWeight* weight) {
     const int8_t* table = plane == 0 ? weight->tables.low : weight->tables.high;
     weight->column_sums[plane].assign(weight->segments.size() * width, 0);
     for (size_t block = 0; block < weight->num_blocks; ++block) {
-      kernels.expand_s8_afp(weight->block(block), weight->num_tiles, weight->format.bits(), table, expanded.data());
+      kernels.expand_s8_afp(weight->block(block), weight->num_tiles, weight->format.bits(), table,
+                            expanded.data());
       for (size_t s = 0; s < weight->segments.size(); ++s) {
         const Segment& segment = weight->segments[s];
         const uint8_t* lhs[kMaxRows] = {ones.data()};
-        kernels.gemm_s32_u8_s8(lhs, 1, segment.end - segment.begin, expanded.data() + segment.begin * kTileCodes,
-                               weight->num_tiles, 1, 1, 0, sums);
-        std::copy(sums, sums + kTileN, weight->column_sums[plane].begin() + s * width + block * kTileN);
+        kernels.gemm_s32_u8_s8(lhs, 1, segment.end - segment.begin,
+                               expanded.data() + segment.begin * kTileCodes, weight->num_tiles, 1,
+                               1, 0, sums);
+        std::copy(sums, sums + kTileN,
+                  weight->column_sums[plane].begin() + s * width + block * kTileN);
       }
     }
   }
@@ -54,9 +57,9 @@ unsigned PackedWeight::code(size_t channel, size_t step) const {
   return window & ((1u << bits) - 1);
 }
 
-void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t* data, size_t n, size_t k,
-                 const float* scales, size_t num_scales, size_t group_size, size_t segment_multiple,
-                 bool integer_sums, PackedWeight* weight) {
+void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t* data, size_t n,
+                 size_t k, const float* scales, size_t num_scales, size_t group_size,
+                 size_t segment_multiple, bool integer_sums, PackedWeight* weight) {
   weight->format = format;
   fill_tables(format, &weight->tables);
   weight->n = n;
@@ -71,7 +74,8 @@ void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t
   weight->scales.assign(weight->num_groups * width, 0.0f);
   for (size_t group = 0; group < weight->num_groups; ++group) {
     for (size_t channel = 0; channel < n; ++channel) {
-      weight->scales[group * width + channel] = num_scales == 1 ? scales[0] : scales[group * n + channel];
+      weight->scales[group * width + channel] =
+          num_scales == 1 ? scales[0] : scales[group * n + channel];
     }
   }
   weight->segments = make_segments(weight->num_tiles, group_size / kTileK, segment_multiple);

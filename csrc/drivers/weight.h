@@ -1,4 +1,5 @@
-// A packed weight as drivers see it: the stored bytes in place, plus what is derived from them once at load.
+// A packed weight as drivers see it: the stored bytes in place, plus what is derived from them once
+// at load.
 #pragma once
 
 #include <stddef.h>
@@ -11,7 +12,8 @@
 
 namespace afpq {
 
-// A stretch of k with sums of its own: a scale group, or a part short enough for int32 sums. Bounds in tiles of 4 k.
+// A stretch of k with sums of its own: a scale group, or a part short enough for int32 sums. Bounds
+// in tiles of 4 k.
 struct Segment {
   size_t begin;
   size_t end;
@@ -25,25 +27,27 @@ struct PackedWeight {
   size_t k = 0;
   const uint8_t* data = nullptr;  // packed_bytes(n, k, bits), not owned
 
-  size_t num_blocks = 0;    // of 16 channels
-  size_t num_tiles = 0;     // of 4 k, in each block
-  size_t tile_bytes = 0;    // 8 * bits
-  size_t group_size = 0;    // steps of k that share a row of scales; 0: all
-  size_t num_groups = 1;    // rows of scales
-  std::vector<float> scales;            // [num_groups][16 * num_blocks], zero beyond n
-  std::vector<Segment> segments;        // cover [0, num_tiles)
-  std::vector<int32_t> column_sums[2];  // [segment][16 * num_blocks] of I (byte) or of each plane (pair)
+  size_t num_blocks = 0;          // of 16 channels
+  size_t num_tiles = 0;           // of 4 k, in each block
+  size_t tile_bytes = 0;          // 8 * bits
+  size_t group_size = 0;          // steps of k that share a row of scales; 0: all
+  size_t num_groups = 1;          // rows of scales
+  std::vector<float> scales;      // [num_groups][16 * num_blocks], zero beyond n
+  std::vector<Segment> segments;  // cover [0, num_tiles)
+  std::vector<int32_t>
+      column_sums[2];  // [segment][16 * num_blocks] of I (byte) or of each plane (pair)
 
   const uint8_t* block(size_t index) const { return data + index * num_tiles * tile_bytes; }
   // Code of (channel, step k), for the paths that need single weights.
   unsigned code(size_t channel, size_t step) const;
 };
 
-// `scales` is [num_groups][n] (num_groups > 1 with group_size, a multiple of 4), [n] or [1]. Segments end at multiples
-// of `segment_multiple` tiles (the tiles of a convolution's tap). Column sums are only made for integer execution.
-void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t* data, size_t n, size_t k,
-                 const float* scales, size_t num_scales, size_t group_size, size_t segment_multiple,
-                 bool integer_sums, PackedWeight* weight);
+// `scales` is [num_groups][n] (num_groups > 1 with group_size, a multiple of 4), [n] or [1].
+// Segments end at multiples of `segment_multiple` tiles (the tiles of a convolution's tap). Column
+// sums are only made for integer execution.
+void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t* data, size_t n,
+                 size_t k, const float* scales, size_t num_scales, size_t group_size,
+                 size_t segment_multiple, bool integer_sums, PackedWeight* weight);
 
 // One row of the matrix as floats I * scale: dst[k].
 void decode_row(const PackedWeight& weight, size_t row, float* dst);

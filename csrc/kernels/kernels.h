@@ -1,10 +1,12 @@
-// The contract between drivers and instruction sets: one table of functions per ISA, none of them null.
+// The contract between drivers and instruction sets: one table of functions per ISA, none of them
+// null.
 //
-// Every function is stateless, allocates nothing, starts no thread and may be called for any portion of the work.
-// Integer results are exact; float results follow one recipe (fused multiply-add, round to nearest even, one
-// accumulator per output in k order), so every table gives the same bits. Pointers need no alignment. A function
-// reads and writes exactly the elements it documents, never beyond. ISA files include only intrinsics, <stddef.h>,
-// <stdint.h> and this header. Layout of packed tiles: afpq/packing.py.
+// Every function is stateless, allocates nothing, starts no thread and may be called for any
+// portion of the work. Integer results are exact; float results follow one recipe (fused
+// multiply-add, round to nearest even, one accumulator per output in k order), so every table gives
+// the same bits. Pointers need no alignment. A function reads and writes exactly the elements it
+// documents, never beyond. ISA files include only intrinsics, <stddef.h>, <stdint.h> and this
+// header. Layout of packed tiles: afpq/packing.py.
 #pragma once
 
 #include <stddef.h>
@@ -23,12 +25,15 @@ enum {
   kMaxRows = 6,                     // mr: at most so many rows in a register tile
 };
 
-// How sums of one row block become float: dst[r][c] = (accumulate ? dst[r][c] : 0) + scale[c] * F[r][c].
+// How sums of one row block become float: dst[r][c] = (accumulate ? dst[r][c] : 0) + scale[c] *
+// F[r][c].
 //
-// Rows of sums are lhs planes: with lhs_planes == 2 (a16), row 2r holds the high bytes of row r and row 2r + 1 the low
-// ones. With rhs_planes == 2 the integers are 256 * high + low, sums[0] belongs to the low plane, sums[1] to the high.
+// Rows of sums are lhs planes: with lhs_planes == 2 (a16), row 2r holds the high bytes of row r and
+// row 2r + 1 the low ones. With rhs_planes == 2 the integers are 256 * high + low, sums[0] belongs
+// to the low plane, sums[1] to the high.
 //   S[q][p]  = sums[q][r * lhs_planes + p][c] - zp_p * column_sums[q][c]                exact int32
-//              (zp_0 = zero_point >> 8, zp_1 = zero_point & 255 with two lhs planes, zp_0 = zero_point with one)
+//              (zp_0 = zero_point >> 8, zp_1 = zero_point & 255 with two lhs planes, zp_0 =
+//              zero_point with one)
 //   P[q]     = lhs_planes == 2 ? fma((float)S[q][0], 256, (float)S[q][1]) : (float)S[q][0]
 //   F        = rhs_planes == 2 ? fma(P[1], 256, P[0]) : P[0]
 //   dst      = accumulate ? fma(F, scale[c], dst) : F * scale[c]
@@ -45,8 +50,9 @@ typedef struct AfpqCombine {
   int accumulate;
 } AfpqCombine;
 
-// The end of a layer: y[r][c] = clamp(fma(src[r][c], row_scales[r], bias[c])), clamp(v) = min(max(v, low), high) with
-// NaN kept. Written as dst[r * row_stride + c * channel_stride]; one of the two strides is 1.
+// The end of a layer: y[r][c] = clamp(fma(src[r][c], row_scales[r], bias[c])), clamp(v) =
+// min(max(v, low), high) with NaN kept. Written as dst[r * row_stride + c * channel_stride]; one of
+// the two strides is 1.
 typedef struct AfpqStore {
   const float* src;         // [num_rows][kPanelN]
   const float* row_scales;  // [num_rows]
@@ -59,65 +65,76 @@ typedef struct AfpqStore {
   float low, high;        // -inf, +inf: no clamp
 } AfpqStore;
 
-// How floats become unsigned bytes: q = min(max(rint(x * inverse_scale) + zero_point, 0), num_planes == 1 ? 255 :
-// 65535), rint to nearest even (x * inverse_scale is within +-65536). Plane 0 takes q (one plane) or q >> 8, plane 1
-// takes q & 255.
+// How floats become unsigned bytes: q = min(max(rint(x * inverse_scale) + zero_point, 0),
+// num_planes == 1 ? 255 : 65535), rint to nearest even (x * inverse_scale is within +-65536). Plane
+// 0 takes q (one plane) or q >> 8, plane 1 takes q & 255.
 typedef struct AfpqQuantize {
   float inverse_scale;
   int32_t zero_point;
-  int num_planes;     // 1 or 2
+  int num_planes;  // 1 or 2
   uint8_t* planes[2];
 } AfpqQuantize;
 
 typedef struct AfpqKernels {
   const char* isa;
 
-  // Codes -> signed bytes, one per code in stored order: dst[i] = table[window of 8 bits starting at code i's bits].
-  // The table has 256 entries and is periodic in 2^bits, so bits above the code do not matter.
-  // src: [num_tiles][8 * bits] bytes; dst: [num_tiles][64]; bits: 2..8.
-  void (*expand_s8_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table, int8_t* dst);
+  // Codes -> signed bytes, one per code in stored order: dst[i] = table[window of 8 bits starting
+  // at code i's bits]. The table has 256 entries and is periodic in 2^bits, so bits above the code
+  // do not matter. src: [num_tiles][8 * bits] bytes; dst: [num_tiles][64]; bits: 2..8.
+  void (*expand_s8_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
+                        int8_t* dst);
 
-  // The same to floats, transposed inside the tile: dst[tile][j][c] = table[code of (channel c, step j)].
-  // dst: [num_tiles][kTileK][kTileN] floats.
-  void (*expand_f32_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table, float* dst);
+  // The same to floats, transposed inside the tile: dst[tile][j][c] = table[code of (channel c,
+  // step j)]. dst: [num_tiles][kTileK][kTileN] floats.
+  void (*expand_f32_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table,
+                         float* dst);
 
   // dst[r][16 b + c] (+)= sum over taps t, tiles i, j < 4 of
-  //   lhs[t * kMaxRows + r][4 i + j] * rhs[(b * rhs_tiles + t * num_tiles + i)][c][j]        exact int32
-  // lhs: num_taps x kMaxRows pointers (the first num_rows of each tap are used) to 4 * num_tiles bytes.
-  // rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst: [num_rows][kPanelN].
-  // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. The caller keeps sums within int32. Never saturates.
-  void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles, const int8_t* rhs,
-                         size_t rhs_tiles, size_t num_rows, size_t num_blocks, int accumulate, int32_t* dst);
+  //   lhs[t * kMaxRows + r][4 i + j] * rhs[(b * rhs_tiles + t * num_tiles + i)][c][j]        exact
+  //   int32
+  // lhs: num_taps x kMaxRows pointers (the first num_rows of each tap are used) to 4 * num_tiles
+  // bytes. rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst: [num_rows][kPanelN].
+  // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. The caller keeps sums within int32. Never
+  // saturates.
+  void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
+                         const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
+                         int accumulate, int32_t* dst);
 
-  // The same in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64 floats a tile).
-  // Each output is one chain of fma in (t, i, j) order, starting from 0 or from dst.
-  void (*gemm_f32_f32_f32)(const float* const* lhs, size_t num_taps, size_t num_tiles, const float* rhs,
-                           size_t rhs_tiles, size_t num_rows, size_t num_blocks, int accumulate, float* dst);
+  // The same in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64
+  // floats a tile). Each output is one chain of fma in (t, i, j) order, starting from 0 or from
+  // dst.
+  void (*gemm_f32_f32_f32)(const float* const* lhs, size_t num_taps, size_t num_tiles,
+                           const float* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
+                           int accumulate, float* dst);
 
-  // Smallest and largest of src[0..count) and 0. *finite is set to 0 when an element is NaN or infinite, else to 1.
+  // Smallest and largest of src[0..count) and 0. *finite is set to 0 when an element is NaN or
+  // infinite, else to 1.
   void (*range_f32)(const float* src, size_t count, float* low, float* high, int* finite);
 
   // src[0..count) -> planes[p][0..count).
   void (*quantize_u8_f32)(const float* src, size_t count, const AfpqQuantize* q);
 
-  // Channel planes to channel-last rows: src[c * src_stride + x] -> planes[p][x * num_channels + c],
-  // x < count, c < num_channels.
-  void (*quantize_transpose_u8_f32)(const float* src, size_t src_stride, size_t num_channels, size_t count,
-                                    const AfpqQuantize* q);
+  // Channel planes to channel-last rows: src[c * src_stride + x] -> planes[p][x * num_channels +
+  // c], x < count, c < num_channels.
+  void (*quantize_transpose_u8_f32)(const float* src, size_t src_stride, size_t num_channels,
+                                    size_t count, const AfpqQuantize* q);
 
   // The same without rounding: dst[x * num_channels + c] = src[c * src_stride + x].
-  void (*transpose_f32)(const float* src, size_t src_stride, size_t num_channels, size_t count, float* dst);
+  void (*transpose_f32)(const float* src, size_t src_stride, size_t num_channels, size_t count,
+                        float* dst);
 
   void (*combine_f32_s32)(const AfpqCombine* c);
   void (*store_f32)(const AfpqStore* s);
 
   // One channel of a depthwise (or small grouped) convolution, straight from its float plane:
-  // dst[x] = clamp(fma(a, scale, bias)), a = chain of fma(taps[t][x], weights[t]) over t, from 0; x < count.
-  void (*planar_f32)(const float* const* taps, const float* weights, size_t num_taps, size_t count, float scale,
-                     float bias, float low, float high, float* dst);
+  // dst[x] = clamp(fma(a, scale, bias)), a = chain of fma(taps[t][x], weights[t]) over t, from 0; x
+  // < count.
+  void (*planar_f32)(const float* const* taps, const float* weights, size_t num_taps, size_t count,
+                     float scale, float bias, float low, float high, float* dst);
 } AfpqKernels;
 
-// The tables, best first, ends with null. A table is listed only if it was compiled in; `supported` asks the processor.
+// The tables, best first, ends with null. A table is listed only if it was compiled in; `supported`
+// asks the processor.
 typedef struct AfpqIsa {
   const AfpqKernels* kernels;
   int (*supported)(void);

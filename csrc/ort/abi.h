@@ -1,7 +1,8 @@
 // The part of onnxruntime's C ABI that a custom-op library needs, declared by slot number.
 //
-// The runtime's wheel ships no headers and the library links no libonnxruntime, so one artefact runs on every runtime
-// with API version 17 or later: the function table is append-only and slots never move.
+// The runtime's wheel ships no headers and the library links no libonnxruntime, so one artefact
+// runs on every runtime with API version 17 or later: the function table is append-only and slots
+// never move.
 #pragma once
 
 #include <stddef.h>
@@ -26,7 +27,15 @@ struct OrtApiBase {
 constexpr uint32_t kApiVersion = 17;
 
 enum StatusCode { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum ElementType { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBfloat16 = 16 };
+enum ElementType {
+  kAny = 0,
+  kFloat = 1,
+  kUint8 = 2,
+  kInt8 = 3,
+  kInt32 = 6,
+  kInt64 = 7,
+  kBfloat16 = 16
+};
 enum Characteristic { kRequired = 0, kOptional = 1 };
 
 // Function `slot` of the table, called as Signature: call<R(A, B)>(api, slot)(a, b).

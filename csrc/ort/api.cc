@@ -35,23 +35,28 @@ bool succeeded(const OrtApi* api, OrtStatus* status) {
 Tensor describe(const OrtApi* api, const OrtValue* value, const std::string& what) {
   Tensor tensor;
   OrtTensorTypeAndShapeInfo* info = nullptr;
-  check(api, call<OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>(api, kGetTensorTypeAndShape)(value, &info),
+  check(api,
+        call<OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>(api, kGetTensorTypeAndShape)(
+            value, &info),
         what);
   size_t rank = 0;
-  OrtStatus* status =
-      call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int*)>(api, kGetTensorElementType)(info, &tensor.type);
+  OrtStatus* status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int*)>(
+      api, kGetTensorElementType)(info, &tensor.type);
   if (!status) {
-    status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, size_t*)>(api, kGetDimensionsCount)(info, &rank);
+    status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, size_t*)>(api, kGetDimensionsCount)(
+        info, &rank);
   }
   if (!status) {
     tensor.dims.resize(rank);
-    status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t*, size_t)>(api, kGetDimensions)(
-        info, tensor.dims.data(), rank);
+    status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t*, size_t)>(
+        api, kGetDimensions)(info, tensor.dims.data(), rank);
   }
   call<void(OrtTensorTypeAndShapeInfo*)>(api, kReleaseTensorTypeAndShapeInfo)(info);
   check(api, status, what);
   void* data = nullptr;
-  check(api, call<OrtStatus*(OrtValue*, void**)>(api, kGetTensorMutableData)(const_cast<OrtValue*>(value), &data),
+  check(api,
+        call<OrtStatus*(OrtValue*, void**)>(api, kGetTensorMutableData)(
+            const_cast<OrtValue*>(value), &data),
         what);
   tensor.data = data;
   return tensor;
@@ -89,12 +94,13 @@ std::string KernelInfo::node_name() const {
 }
 
 bool KernelInfo::get_integer(const char* name, int64_t* value) const {
-  return succeeded(api_, call<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>(api_, kAttributeInt64)(
-                             info_, name, value));
+  return succeeded(api_, call<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>(
+                             api_, kAttributeInt64)(info_, name, value));
 }
 
 bool KernelInfo::get_text(const char* name, std::string* value) const {
-  const auto get = call<OrtStatus*(const OrtKernelInfo*, const char*, char*, size_t*)>(api_, kAttributeString);
+  const auto get =
+      call<OrtStatus*(const OrtKernelInfo*, const char*, char*, size_t*)>(api_, kAttributeString);
   size_t size = 0;
   if (!succeeded(api_, get(info_, name, nullptr, &size)) || size == 0) return false;
   value->assign(size, '\0');
@@ -105,7 +111,8 @@ bool KernelInfo::get_text(const char* name, std::string* value) const {
 
 int64_t KernelInfo::integer(const char* name) const {
   int64_t value = 0;
-  if (!get_integer(name, &value)) throw Error(kInvalidArgument, std::string("attribute ") + name + " is missing");
+  if (!get_integer(name, &value))
+    throw Error(kInvalidArgument, std::string("attribute ") + name + " is missing");
   return value;
 }
 
@@ -116,13 +123,15 @@ int64_t KernelInfo::integer(const char* name, int64_t missing) const {
 
 float KernelInfo::real(const char* name, float missing) const {
   float value = 0;
-  const auto get = call<OrtStatus*(const OrtKernelInfo*, const char*, float*)>(api_, kAttributeFloat);
+  const auto get =
+      call<OrtStatus*(const OrtKernelInfo*, const char*, float*)>(api_, kAttributeFloat);
   return succeeded(api_, get(info_, name, &value)) ? value : missing;
 }
 
 std::string KernelInfo::text(const char* name) const {
   std::string value;
-  if (!get_text(name, &value)) throw Error(kInvalidArgument, std::string("attribute ") + name + " is missing");
+  if (!get_text(name, &value))
+    throw Error(kInvalidArgument, std::string("attribute ") + name + " is missing");
   return value;
 }
 
@@ -132,8 +141,8 @@ std::string KernelInfo::text(const char* name, const std::string& missing) const
 }
 
 std::vector<int64_t> KernelInfo::integers(const char* name) const {
-  const auto get =
-      call<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*, size_t*)>(api_, kAttributeArrayInt64);
+  const auto get = call<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*, size_t*)>(
+      api_, kAttributeArrayInt64);
   size_t size = 0;
   if (!succeeded(api_, get(info_, name, nullptr, &size)) || size == 0) return {};
   std::vector<int64_t> values(size);
@@ -145,8 +154,8 @@ Tensor KernelInfo::constant(size_t index, const char* what) const {
   int is_constant = 0;
   const OrtValue* value = nullptr;
   check(api_,
-        call<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(api_, kConstantInput)(
-            info_, index, &is_constant, &value),
+        call<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(
+            api_, kConstantInput)(info_, index, &is_constant, &value),
         what);
   if (!is_constant || value == nullptr) {
     throw Error(kInvalidArgument, std::string("input ") + what + " must be an initializer");
@@ -157,34 +166,38 @@ Tensor KernelInfo::constant(size_t index, const char* what) const {
 Tensor KernelContext::input(size_t index) const {
   const OrtValue* value = nullptr;
   check(api_,
-        call<OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>(api_, kContextInput)(context_, index,
-                                                                                                &value),
+        call<OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>(api_, kContextInput)(
+            context_, index, &value),
         "input");
   return value == nullptr ? Tensor{} : describe(api_, value, "input");
 }
 
 size_t KernelContext::num_inputs() const {
   size_t count = 0;
-  check(api_, call<OrtStatus*(const OrtKernelContext*, size_t*)>(api_, kContextInputCount)(context_, &count), "inputs");
+  check(api_,
+        call<OrtStatus*(const OrtKernelContext*, size_t*)>(api_, kContextInputCount)(context_,
+                                                                                     &count),
+        "inputs");
   return count;
 }
 
 float* KernelContext::output(size_t index, const std::vector<int64_t>& dims) const {
   OrtValue* value = nullptr;
   check(api_,
-        call<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(api_, kContextOutput)(
-            context_, index, dims.data(), dims.size(), &value),
+        call<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(
+            api_, kContextOutput)(context_, index, dims.data(), dims.size(), &value),
         "output");
   void* data = nullptr;
-  check(api_, call<OrtStatus*(OrtValue*, void**)>(api_, kGetTensorMutableData)(value, &data), "output");
+  check(api_, call<OrtStatus*(OrtValue*, void**)>(api_, kGetTensorMutableData)(value, &data),
+        "output");
   return static_cast<float*>(data);
 }
 
 Parallel KernelContext::parallel() {
   return {[](void* self, size_t total, void (*task)(void*, size_t), void* user) {
             const KernelContext* context = static_cast<const KernelContext*>(self);
-            const auto run = call<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
-                context->api_, kParallelFor);
+            const auto run = call<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t),
+                                             size_t, size_t, void*)>(context->api_, kParallelFor);
             check(context->api_, run(context->context_, task, total, 0, user), "parallel for");
           },
           this};

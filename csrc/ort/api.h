@@ -1,5 +1,6 @@
-// A small C++ face of the C ABI: attributes, tensors and the runtime's thread pool. Failures are thrown as `Error`
-// and become statuses at the library's border (op.h); no exception leaves the library.
+// A small C++ face of the C ABI: attributes, tensors and the runtime's thread pool. Failures are
+// thrown as `Error` and become statuses at the library's border (op.h); no exception leaves the
+// library.
 #pragma once
 
 #include <stdexcept>

@@ -54,12 +54,14 @@ OrtCustomOp make_op() {
   op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
-  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** out) -> OrtStatus* {
+  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info,
+                         void** out) -> OrtStatus* {
     return guarded(api, std::string("afpq.") + Kernel::kName, [&] {
       const KernelInfo kernel_info(api, info);
       auto instance = std::make_unique<Instance<Kernel>>();
       instance->api = api;
-      instance->where = std::string("afpq.") + Kernel::kName + " node '" + kernel_info.node_name() + "'";
+      instance->where =
+          std::string("afpq.") + Kernel::kName + " node '" + kernel_info.node_name() + "'";
       try {
         instance->kernel = std::make_unique<Kernel>(kernel_info);
       } catch (const Error& error) {

@@ -15,8 +15,8 @@ MatMulOp::MatMulOp(const KernelInfo& info)
 void MatMulOp::compute(KernelContext& context) const {
   const Tensor x = float_input(context, 0, "X");
   if (x.dims.empty() || x.dims.back() != static_cast<int64_t>(weight_.k)) {
-    throw Error(kInvalidArgument, "X has shape " + to_string(x.dims) + ", its last axis must be k = " +
-                                      std::to_string(weight_.k));
+    throw Error(kInvalidArgument, "X has shape " + to_string(x.dims) +
+                                      ", its last axis must be k = " + std::to_string(weight_.k));
   }
   std::vector<int64_t> dims = x.dims;
   dims.back() = static_cast<int64_t>(weight_.n);
@@ -58,11 +58,13 @@ void GatherOp::compute(KernelContext& context) const {
 
 int UnpackOp::input_type(size_t index) { return index == 0 ? kUint8 : kAny; }
 
-UnpackOp::UnpackOp(const KernelInfo& info) : weight_(read_weight(info, 0, 1, false)), dims_(info.integers("shape")) {
+UnpackOp::UnpackOp(const KernelInfo& info)
+    : weight_(read_weight(info, 0, 1, false)), dims_(info.integers("shape")) {
   size_t size = dims_.empty() ? 0 : 1;
   for (const int64_t dim : dims_) size *= static_cast<size_t>(dim);
   if (size != weight_.n * weight_.k) {
-    throw Error(kInvalidArgument, "attribute shape is " + to_string(dims_) + ", which does not hold n * k = " +
+    throw Error(kInvalidArgument, "attribute shape is " + to_string(dims_) +
+                                      ", which does not hold n * k = " +
                                       std::to_string(weight_.n * weight_.k) + " elements");
   }
 }

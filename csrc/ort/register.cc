@@ -1,4 +1,5 @@
-// The library's one exported symbol: registers the ops of the domain `afpq` with a session's options.
+// The library's one exported symbol: registers the ops of the domain `afpq` with a session's
+// options.
 #include "ort/op.h"
 #include "ort/ops.h"
 
@@ -15,18 +16,25 @@ constexpr size_t kCreateCustomOpDomain = 26, kCustomOpDomainAdd = 27, kAddCustom
 
 void register_ops(const OrtApi* api, OrtSessionOptions* options) {
   // The runtime keeps pointers to the ops for as long as a session lives: they are never destroyed.
-  static const OrtCustomOp ops[] = {make_op<MatMulOp>(), make_op<ConvOp>(), make_op<GatherOp>(), make_op<UnpackOp>()};
+  static const OrtCustomOp ops[] = {make_op<MatMulOp>(), make_op<ConvOp>(), make_op<GatherOp>(),
+                                    make_op<UnpackOp>()};
   static OrtCustomOpDomain* const domain = [api] {
     OrtCustomOpDomain* created = nullptr;
-    check(api, call<OrtStatus*(const char*, OrtCustomOpDomain**)>(api, kCreateCustomOpDomain)("afpq", &created),
+    check(api,
+          call<OrtStatus*(const char*, OrtCustomOpDomain**)>(api, kCreateCustomOpDomain)("afpq",
+                                                                                         &created),
           "domain afpq");
     for (const OrtCustomOp& op : ops) {
-      check(api, call<OrtStatus*(OrtCustomOpDomain*, const OrtCustomOp*)>(api, kCustomOpDomainAdd)(created, &op),
+      check(api,
+            call<OrtStatus*(OrtCustomOpDomain*, const OrtCustomOp*)>(api, kCustomOpDomainAdd)(
+                created, &op),
             op.GetName(&op));
     }
     return created;
   }();
-  check(api, call<OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>(api, kAddCustomOpDomain)(options, domain),
+  check(api,
+        call<OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>(api, kAddCustomOpDomain)(options,
+                                                                                          domain),
         "domain afpq");
 }
 
@@ -37,6 +45,7 @@ extern "C" __attribute__((visibility("default"))) afpq::ort::OrtStatus* Register
     afpq::ort::OrtSessionOptions* options, const afpq::ort::OrtApiBase* base) {
   using namespace afpq::ort;
   const OrtApi* api = base->GetApi(kApiVersion);
-  if (api == nullptr) return nullptr;  // older than 1.17: nothing to register with; the model then fails to load
+  if (api == nullptr)
+    return nullptr;  // older than 1.17: nothing to register with; the model then fails to load
   return guarded(api, "afpq", [&] { register_ops(api, options); });
 }

@@ -23,17 +23,20 @@ std::vector<float> read_scales(const Tensor& tensor, const Format& format) {
 
 void check_scales(const Tensor& tensor, size_t n, size_t k, size_t group_size) {
   if (tensor.type != kInt8 && tensor.type != kBfloat16) {
-    throw Error(kInvalidArgument, "scale must be bfloat16 or int8, got element type " + std::to_string(tensor.type));
+    throw Error(kInvalidArgument,
+                "scale must be bfloat16 or int8, got element type " + std::to_string(tensor.type));
   }
   if (group_size) {
-    if (tensor.dims == std::vector<int64_t>{static_cast<int64_t>(ceil_div(k, group_size)), static_cast<int64_t>(n)}) {
+    if (tensor.dims == std::vector<int64_t>{static_cast<int64_t>(ceil_div(k, group_size)),
+                                            static_cast<int64_t>(n)}) {
       return;
     }
   } else if (tensor.dims.size() == 1 && (tensor.size() == 1 || tensor.size() == n)) {
     return;
   }
-  throw Error(kInvalidArgument, "scale has shape " + to_string(tensor.dims) + ", which fits neither n = " +
-                                    std::to_string(n) + " nor group_size = " + std::to_string(group_size));
+  throw Error(kInvalidArgument, "scale has shape " + to_string(tensor.dims) +
+                                    ", which fits neither n = " + std::to_string(n) +
+                                    " nor group_size = " + std::to_string(group_size));
 }
 
 }  // namespace
@@ -41,7 +44,8 @@ void check_scales(const Tensor& tensor, size_t n, size_t k, size_t group_size) {
 size_t positive(const KernelInfo& info, const char* name) {
   const int64_t value = info.integer(name);
   if (value <= 0 || value > (int64_t{1} << 40)) {
-    throw Error(kInvalidArgument, std::string("attribute ") + name + " is " + std::to_string(value) + ", not positive");
+    throw Error(kInvalidArgument, std::string("attribute ") + name + " is " +
+                                      std::to_string(value) + ", not positive");
   }
   return static_cast<size_t>(value);
 }
@@ -54,29 +58,33 @@ Activations read_activations(const KernelInfo& info) {
   throw Error(kInvalidArgument, "attribute activations is '" + text + "', not one of a16, a8, f32");
 }
 
-PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_multiple, bool integer_sums) {
+PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_multiple,
+                         bool integer_sums) {
   Format format;
   const std::string text = info.text("format");
   if (!parse_format(text.c_str(), &format)) {
-    throw Error(kInvalidArgument, "attribute format is '" + text + "', not a format of 2 to 8 bits such as e2m2");
+    throw Error(kInvalidArgument,
+                "attribute format is '" + text + "', not a format of 2 to 8 bits such as e2m2");
   }
   const size_t n = positive(info, "n"), k = positive(info, "k");
   const int64_t group_size = info.integer("group_size", 0);
   if (group_size < 0 || group_size % kTileK) {
-    throw Error(kInvalidArgument,
-                "attribute group_size is " + std::to_string(group_size) + ", not a multiple of " + std::to_string(kTileK));
+    throw Error(kInvalidArgument, "attribute group_size is " + std::to_string(group_size) +
+                                      ", not a multiple of " + std::to_string(kTileK));
   }
   const Tensor data = info.constant(index, "weight");
   const size_t bytes = packed_bytes(n, k, format.bits());
   if (data.type != kUint8 || data.dims.size() != 1 || data.size() != bytes) {
-    throw Error(kInvalidArgument, "weight must be uint8 [" + std::to_string(bytes) + "] for n = " + std::to_string(n) +
-                                      ", k = " + std::to_string(k) + ", " + text + ", got " + to_string(data.dims));
+    throw Error(kInvalidArgument, "weight must be uint8 [" + std::to_string(bytes) + "] for n = " +
+                                      std::to_string(n) + ", k = " + std::to_string(k) + ", " +
+                                      text + ", got " + to_string(data.dims));
   }
   const Tensor scale = info.constant(index + 1, "scale");
   check_scales(scale, n, k, static_cast<size_t>(group_size));
   const std::vector<float> scales = read_scales(scale, format);
   for (const float s : scales) {
-    if (!(s > 0) || !std::isfinite(s)) throw Error(kInvalidArgument, "scale holds a value that is not positive and finite");
+    if (!(s > 0) || !std::isfinite(s))
+      throw Error(kInvalidArgument, "scale holds a value that is not positive and finite");
   }
   PackedWeight weight;
   load_weight(kernels(), format, data.as<uint8_t>(), n, k, scales.data(), scales.size(),
@@ -89,14 +97,16 @@ const float* read_bias(const KernelContext& context, size_t index, size_t n) {
   const Tensor bias = context.input(index);
   if (bias.data == nullptr) return nullptr;
   if (bias.type != kFloat || bias.size() != n) {
-    throw Error(kInvalidArgument, "bias must be float32 [" + std::to_string(n) + "], got " + to_string(bias.dims));
+    throw Error(kInvalidArgument,
+                "bias must be float32 [" + std::to_string(n) + "], got " + to_string(bias.dims));
   }
   return bias.as<float>();
 }
 
 Tensor float_input(const KernelContext& context, size_t index, const char* name) {
   const Tensor tensor = context.input(index);
-  if (tensor.type != kFloat) throw Error(kInvalidArgument, std::string("input ") + name + " must be float32");
+  if (tensor.type != kFloat)
+    throw Error(kInvalidArgument, std::string("input ") + name + " must be float32");
   return tensor;
 }
 

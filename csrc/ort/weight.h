@@ -1,4 +1,5 @@
-// What all ops share: reading format, weight, scales and bias of a node, with errors that name the attribute.
+// What all ops share: reading format, weight, scales and bias of a node, with errors that name the
+// attribute.
 #pragma once
 
 #include <string>
@@ -14,9 +15,11 @@ size_t positive(const KernelInfo& info, const char* name);
 
 Activations read_activations(const KernelInfo& info);
 
-// Reads attributes format, n, k and the two constant inputs: the packed bytes at `index`, the scales at `index + 1`.
-// Segments end at multiples of segment_multiple tiles. The bytes stay where the runtime keeps them.
-PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_multiple, bool integer_sums);
+// Reads attributes format, n, k and the two constant inputs: the packed bytes at `index`, the
+// scales at `index + 1`. Segments end at multiples of segment_multiple tiles. The bytes stay where
+// the runtime keeps them.
+PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_multiple,
+                         bool integer_sums);
 
 // The optional constant or computed bias of a compute call: [n] floats or null.
 const float* read_bias(const KernelContext& context, size_t index, size_t n);

@@ -1,0 +1,254 @@
+"""From a plan to a packed graph: encode the weights, correct the biases, rewrite; and what a report needs to know."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from afpq._job import Job
+from afpq._probe import Feeds, random_feeds
+from afpq.calibrate import Stats
+from afpq.correct import Correction, correct_biases, keep_if_better
+from afpq.errors import ModelError
+from afpq.evaluate import Comparison, compare
+from afpq.graph import Layer, Model
+from afpq.packed import file_bytes
+from afpq.packing import PackedTensor, packed_bytes
+from afpq.plan import Plan
+from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
+from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
+from afpq.rounding import best_scale, quantize_tensor
+from afpq.runtime import session
+
+__all__ = ["build_graph", "file_size", "session_of", "try_file"]
+
+Progress = Callable[[str, int, int], None]
+Floats = npt.NDArray[np.float32]
+Biases = Mapping[str, Floats]
+
+
+def build_graph(
+    job: Job, plan: Plan, stats: Stats | None, progress: Progress
+) -> tuple[ir.Model, RunFacts]:
+    """The packed graph of a plan, and the facts of the run."""
+    tensors, sqnr = _encode(job, plan, stats, progress)
+    facts = RunFacts(
+        source=file_facts(job.model.path, file_bytes(job.model.path)),
+        budget=job.budget,
+        objective=plan.objective,
+        predicted_loss=plan.predicted_loss,
+        layers=layer_facts(plan.entries, sqnr),
+        left_float=_left_float(job.model, plan),
+        float_bytes=_float_bytes(job.model, tensors),
+        calibration=_calibration_facts(job, stats),
+    )
+    if stats is None:
+        return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
+    decoded = {name: tensor.decode() for name, tensor in tensors.items()}
+    biases = correct_biases(job.model.layers, stats, decoded)
+    if job.held_out is None:  # nothing to prove a correction on
+        return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
+    trial = _Trial(job, plan, tensors, progress)
+    correction = keep_if_better(biases, trial.loss)
+    return trial.graphs[correction.kept], replace(
+        facts,
+        correction=_correction_facts(correction, biases, job),
+        accuracy=accuracy_facts(
+            trial.comparisons[correction.kept].to_dict(),
+            f"{job.data_name} (held out of calibration and search)",
+        ),
+    )
+
+
+def file_size(job: Job, plan: Plan) -> int:
+    """Bytes of the file that a plan leads to, without encoding anything; exact up to added biases, never too small."""
+    tensors = {}
+    for entry in plan.entries:
+        if entry.format is not None:
+            size = packed_bytes(entry.n, entry.k, entry.format.bits)
+            scale = np.ones(entry.n if entry.granularity == "per_channel" else 1, np.float32)
+            tensors[entry.weight_name] = PackedTensor(
+                entry.format, entry.n, entry.k, np.zeros(size, np.uint8), scale, entry.kind
+            )
+    biases = {}
+    if job.held_out is not None:
+        for layer in job.model.layers:
+            if layer.weight_name in tensors and layer.kind in ("matmul", "conv"):
+                biases[layer.name] = np.full(layer.n, np.pi, np.float32)
+    graph = rewrite(job.model, plan, tensors, biases, activations=job.activations)
+    total = _tensor_bytes(graph)
+    return len(serialize(graph)) if total <= EXTERNAL_DATA_BYTES else total
+
+
+def session_of(packed: ir.Model, threads: int) -> ort.InferenceSession:
+    """A session of a graph in memory."""
+    if _tensor_bytes(packed) <= EXTERNAL_DATA_BYTES:
+        return session(serialize(packed), threads=threads)
+    with tempfile.TemporaryDirectory() as folder:  # the file stays mapped after its name is gone
+        save(packed, Path(folder) / "model.onnx")
+        return session(Path(folder) / "model.onnx", threads=threads)
+
+
+def try_file(path: Path, probe: Feeds | None) -> dict[str, Any]:
+    """Loads a written file and runs it once; made-up inputs may not suit a model, real ones must.
+
+    Raises:
+        ModelError: onnxruntime cannot load the file, or cannot run it on `probe`.
+    """
+    loaded = session(path)
+    try:
+        loaded.run(None, random_feeds(loaded) if probe is None else probe)
+    except Exception as error:  # onnxruntime has a kind of its own for every status
+        if probe is None:
+            return {"loaded": True, "run_once": "no: made-up inputs do not suit the model"}
+        message = " ".join(str(error).split())
+        raise ModelError(f"the packed model loads but does not run: {message}") from error
+    return {"loaded": True, "run_once": "on made-up inputs" if probe is None else "on a sample"}
+
+
+class _Trial:
+    """The packed network with and without corrected biases, on held-out samples, as onnxruntime runs it."""
+
+    def __init__(
+        self, job: Job, plan: Plan, tensors: Mapping[str, PackedTensor], progress: Progress
+    ) -> None:
+        self.graphs: dict[bool, ir.Model] = {}  # by whether biases are corrected
+        self.comparisons: dict[bool, Comparison] = {}
+        self._job, self._plan, self._tensors, self._progress = job, plan, tensors, progress
+        # One thread: what is kept must not depend on how sums are split.
+        self._reference = session(job.model.path, threads=1, ops=False)
+
+    def loss(self, biases: Biases) -> float:
+        assert self._job.held_out is not None
+        key = bool(biases)
+        graph = rewrite(
+            self._job.model,
+            self._plan,
+            self._tensors,
+            biases,
+            activations=self._job.activations,
+        )
+        done, total = len(self.graphs), 2 * self._job.held_out.num_samples
+        first = done * self._job.held_out.num_samples
+        self.graphs[key] = graph
+        self.comparisons[key] = compare(
+            self._reference,
+            session_of(graph, 1),
+            self._job.held_out,
+            progress=lambda _, count, __: self._progress("correct", first + count, total),
+        )
+        return _loss(self.comparisons[key])
+
+
+def _encode(
+    job: Job, plan: Plan, stats: Stats | None, progress: Progress
+) -> tuple[dict[str, PackedTensor], dict[str, float]]:
+    """Packed tensors and the SQNR of their outputs in dB, by weight_name."""
+    by_weight: dict[str, list[Layer]] = {}
+    for layer in job.model.layers:
+        by_weight.setdefault(layer.weight_name, []).append(layer)
+    tensors: dict[str, PackedTensor] = {}
+    sqnr: dict[str, float] = {}
+    for number, entry in enumerate(plan.entries, 1):
+        if entry.format is not None:
+            layers = by_weight[entry.weight_name]
+            weight, energy = layers[0].weight, tensor_energy(layers, stats)
+            scale, error = best_scale(
+                weight,
+                entry.format,
+                energy,
+                kind=entry.kind,
+                granularity=entry.granularity,
+                num_threads=job.threads,
+            )
+            tensors[entry.weight_name] = quantize_tensor(
+                weight, entry.format, scale, kind=entry.kind, num_threads=job.threads
+            )
+            sqnr[entry.weight_name] = _sqnr_db(weight, energy, float(error.sum()))
+        progress("encode", number, len(plan.entries))
+    return tensors, sqnr
+
+
+def _sqnr_db(weight: Floats, energy: npt.NDArray[np.float64] | None, error: float) -> float:
+    rows = 1 if energy is None else len(energy)
+    squares = np.square(weight, dtype=np.float64).reshape(rows, -1, weight.shape[1]).sum(axis=1)
+    signal = float(squares.sum() if energy is None else (squares * energy).sum())
+    return 10 * float(np.log10(max(signal, 1e-300) / max(error, 1e-300)))
+
+
+def _loss(comparison: Comparison) -> float:
+    """One number for how far the outputs are from float: KL, else noise over signal, averaged over the outputs."""
+    losses = []
+    for output in comparison.outputs:
+        if output.kl is not None:
+            losses.append(output.kl)
+        elif output.sqnr_db is not None:
+            losses.append(10 ** (-output.sqnr_db / 10))
+        elif output.agreement is not None:
+            losses.append(1 - output.agreement)
+    return float(np.mean(losses)) if losses else 0.0
+
+
+def _tensor_bytes(model: ir.Model) -> int:
+    graphs = (model.graph, *model.graph.subgraphs())
+    values = (v.const_value for g in graphs for v in g.initializers.values())
+    return sum(t.nbytes for t in values if t is not None)
+
+
+def _left_float(model: Model, plan: Plan) -> list[dict[str, Any]]:
+    """Weights that the file holds as floats, and why."""
+    planned = {name: entry for entry in plan.entries for name in entry.layers}
+    result = []
+    for layer in model.layers:
+        entry = planned.get(layer.name)
+        if entry is None or entry.format is None:
+            reason = "not in the plan" if entry is None else "excluded, or float in the plan"
+            fields = (layer.name, layer.op_type, reason, layer.num_weights)
+            result.append(dict(zip(_FLOAT_FIELDS, fields, strict=True)))
+    for skipped in model.skipped:
+        fields = (skipped.name, skipped.op_type, skipped.reason, skipped.num_weights)
+        result.append(dict(zip(_FLOAT_FIELDS, fields, strict=True)))
+    return result
+
+
+_FLOAT_FIELDS = ("name", "op_type", "reason", "num_weights")
+
+
+def _float_bytes(model: Model, tensors: Mapping[str, PackedTensor]) -> int:
+    size = {"float32": 4, "float16": 2}
+    return sum(
+        layer.num_weights * size[layer.dtype]
+        for name, layer in model.tensors().items()
+        if name in tensors
+    )
+
+
+def _calibration_facts(job: Job, stats: Stats | None) -> dict[str, Any] | None:
+    if stats is None:
+        return None
+    return {
+        "data": job.data_name,
+        "samples": stats.num_samples,
+        "held_out_samples": 0 if job.held_out is None else job.held_out.num_samples,
+        "preprocess": None
+        if job.fit is None or job.fit.preprocess is None
+        else str(job.fit.preprocess),
+        "data_hash": stats.data_hash,
+    }
+
+
+def _correction_facts(correction: Correction, biases: Biases, job: Job) -> dict[str, Any]:
+    assert job.held_out is not None
+    return {
+        "kept": correction.kept,
+        "layers": len(biases),
+        "held_out_samples": job.held_out.num_samples,
+        "loss_without": correction.loss_before,
+        "loss_with": correction.loss_after,
+    }

@@ -1,0 +1,136 @@
+"""The inputs of a quantization, read and checked before the first heavy step."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from afpq.data import Data, open_data
+from afpq.errors import DataError, ModelError, PlanError
+from afpq.graph import Model, load_model
+from afpq.plan import Plan, check_plan, match_names
+from afpq.runtime import FloatModel
+
+__all__ = ["DEFAULT_BITS", "Job", "prepare"]
+
+DEFAULT_BITS = 5.0
+MIN_BITS, MAX_BITS = 2.0, 8.0
+ACTIVATIONS = ("a16", "a8", "f32")
+KINDS = ("real", "integer")
+HELD_OUT = 0.25  # of the calibration samples: corrections are proven on them
+MIN_SAMPLES_TO_SPLIT = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Checked inputs of one run; made by `prepare`."""
+
+    model: Model
+    plan: Plan | None = None
+    bits: float | None = None
+    size: int | None = None
+    fit: Data | None = None  # samples for calibration and search
+    held_out: Data | None = None  # samples that only judge
+    data_name: str = ""
+    activations: str = "a16"
+    kind: str = "real"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
+    seed: int = 0
+    threads: int = 0
+
+    @property
+    def budget(self) -> str | None:
+        """The limit in words; None if a given plan decides."""
+        if self.size is not None:
+            return f"{self.size:,} bytes for the file"
+        return None if self.bits is None else f"{self.bits:g} bits per weight"
+
+
+def prepare(
+    model: str | Path | Model,
+    plan: Plan | None = None,
+    *,
+    data: object = None,
+    bits: float | None = None,
+    size: int | None = None,
+    preprocess: str | None = None,
+    samples: int | None = None,
+    activations: str = "a16",
+    kind: str = "real",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    seed: int = 0,
+    threads: int = 0,
+) -> Job:
+    """Reads and checks everything that a run needs; see `quantize`."""
+    _check_choices(plan, bits, size, activations, kind)
+    loaded = model if isinstance(model, Model) else load_model(model)
+    if not loaded.layers:
+        raise ModelError(f"{loaded.path}: nothing to quantize{_first_reason(loaded)}")
+    job = Job(
+        model=loaded,
+        plan=plan,
+        bits=DEFAULT_BITS if plan is None and bits is None and size is None else bits,
+        size=size,
+        activations=activations,
+        kind=kind,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        overrides=dict(overrides or {}),
+        seed=seed,
+        threads=threads,
+    )
+    _check_names(job)
+    if data is None:
+        return job
+    opened = open_data(data, loaded.inputs, preprocess=preprocess, limit=samples)
+    FloatModel(loaded, threads=threads).run(next(opened.batches(1)))
+    name = str(data) if isinstance(data, str | Path) else type(data).__name__
+    return replace(job, **_split(opened), data_name=name)
+
+
+def _check_choices(
+    plan: Plan | None, bits: float | None, size: int | None, activations: str, kind: str
+) -> None:
+    if sum(x is not None for x in (plan, bits, size)) > 1:
+        raise PlanError("give one of plan, bits and size: each decides how large the model gets")
+    if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
+        raise PlanError(f"bits {bits:g} is not in the range {MIN_BITS:g}..{MAX_BITS:g}")
+    if size is not None and size < 1:
+        raise PlanError(f"size {size} is not a positive number of bytes")
+    if activations not in ACTIVATIONS:
+        raise PlanError(f"activations {activations!r} is not one of {', '.join(ACTIVATIONS)}")
+    if kind not in KINDS:
+        raise PlanError(f"exponent bias kind {kind!r} is not one of {', '.join(KINDS)}")
+
+
+def _check_names(job: Job) -> None:
+    names = [layer.name for layer in job.model.layers]
+    match_names(job.include, names, "--include")
+    match_names(job.exclude, names, "--exclude")
+    match_names(job.overrides, names, "--layer")
+    if job.plan is not None:
+        if job.include or job.exclude or job.overrides:
+            raise PlanError("a plan already says which layers get what: edit the plan instead")
+        shapes = {layer.name: (layer.weight_name, layer.n, layer.k) for layer in job.model.layers}
+        check_plan(job.plan, shapes)
+
+
+def _first_reason(model: Model) -> str:
+    if not model.skipped:
+        return " (no Conv, MatMul, Gemm, Gather, ConvTranspose, LSTM or GRU with constant weights)"
+    first = model.skipped[0]
+    return f"; {len(model.skipped)} weights stay float, the first {first.name!r}: {first.reason}"
+
+
+def _split(data: Data) -> dict[str, Data | None]:
+    """Most of the samples for calibration, some to judge by; all for calibration if there are few."""
+    if data.num_samples < MIN_SAMPLES_TO_SPLIT:
+        return {"fit": data, "held_out": None}
+    try:
+        fit, held_out = data.split(HELD_OUT)
+    except DataError:  # one batch that cannot be divided
+        return {"fit": data, "held_out": None}
+    return {"fit": fit, "held_out": held_out}
