@@ -1,4 +1,4 @@
-"""One option for every group under a budget of bits, with the least sum of losses: an exact multiple-choice knapsack."""
+"""One option for every group within a budget of bits, least sum of losses: an exact multiple-choice knapsack."""
 
 import ctypes
 import math

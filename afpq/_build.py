@@ -1,5 +1,6 @@
 """From a plan to a packed graph: encode the weights, correct the biases, rewrite; and what a report needs to know."""
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,13 +12,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from afpq._candidates import targets
 from afpq._job import Job
 from afpq._probe import Feeds, random_feeds
 from afpq.calibrate import Stats
 from afpq.correct import Correction, correct_biases, keep_if_better
 from afpq.errors import ModelError
 from afpq.evaluate import Comparison, compare
-from afpq.graph import Layer, Model
+from afpq.graph import Model
 from afpq.packed import file_bytes
 from afpq.packing import PackedTensor, packed_bytes
 from afpq.plan import Plan
@@ -149,37 +151,30 @@ class _Trial:
 def _encode(
     job: Job, plan: Plan, stats: Stats | None, progress: Progress
 ) -> tuple[dict[str, PackedTensor], dict[str, float]]:
-    """Packed tensors and the SQNR of their outputs in dB, by weight_name."""
-    by_weight: dict[str, list[Layer]] = {}
-    for layer in job.model.layers:
-        by_weight.setdefault(layer.weight_name, []).append(layer)
+    """Packed tensors, and the expected SQNR of their products in dB, by weight_name."""
+    found = {target.weight_name: target for target in targets(job.model.layers, stats)}
     tensors: dict[str, PackedTensor] = {}
     sqnr: dict[str, float] = {}
     for number, entry in enumerate(plan.entries, 1):
         if entry.format is not None:
-            layers = by_weight[entry.weight_name]
-            weight, energy = layers[0].weight, tensor_energy(layers, stats)
+            target = found[entry.weight_name]
             scale, error = best_scale(
-                weight,
+                target.weight,
                 entry.format,
-                energy,
+                target.energy,
                 kind=entry.kind,
                 granularity=entry.granularity,
                 num_threads=job.threads,
             )
             tensors[entry.weight_name] = quantize_tensor(
-                weight, entry.format, scale, kind=entry.kind, num_threads=job.threads
+                target.weight, entry.format, scale, kind=entry.kind, num_threads=job.threads
             )
-            sqnr[entry.weight_name] = _sqnr_db(weight, energy, float(error.sum()))
+            noise = max(float(error.sum()), 1e-300)
+            sqnr[entry.weight_name] = 10 * math.log10(
+                max(float(target.signal.sum()), 1e-300) / noise
+            )
         progress("encode", number, len(plan.entries))
     return tensors, sqnr
-
-
-def _sqnr_db(weight: Floats, energy: npt.NDArray[np.float64] | None, error: float) -> float:
-    rows = 1 if energy is None else len(energy)
-    squares = np.square(weight, dtype=np.float64).reshape(rows, -1, weight.shape[1]).sum(axis=1)
-    signal = float(squares.sum() if energy is None else (squares * energy).sum())
-    return 10 * float(np.log10(max(signal, 1e-300) / max(error, 1e-300)))
 
 
 def _loss(comparison: Comparison) -> float:

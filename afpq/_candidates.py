@@ -35,7 +35,9 @@ class Target:
     weight_name: str
     layers: tuple[Layer, ...]
     energy: npt.NDArray[np.float64] | None = field(repr=False)  # [rows, k], see `best_scale`
-    signal: npt.NDArray[np.float64] = field(repr=False)  # [n]: energy-weighted sum of squared weights
+    signal: npt.NDArray[np.float64] = field(
+        repr=False
+    )  # [n]: energy-weighted sum of squared weights
 
     @property
     def weight(self) -> npt.NDArray[np.float32]:
@@ -86,7 +88,9 @@ def candidates(
     result: list[Candidate] = []
     for fmt in formats:
         choices = [(kind, "per_channel")]
-        scales = storage_bits(n, k, fmt, kind, "per_channel") - storage_bits(n, k, fmt, kind, "per_tensor")
+        scales = storage_bits(n, k, fmt, kind, "per_channel") - storage_bits(
+            n, k, fmt, kind, "per_tensor"
+        )
         if scales > _SCALE_SHARE * storage_bits(n, k, fmt, kind, "per_channel"):
             choices += [("integer", "per_channel")] if kind == "real" else []
             choices += [(kind, "per_tensor")] if target.weight.size <= _MANY_WEIGHTS else []
@@ -121,7 +125,8 @@ def _target(name: str, layers: tuple[Layer, ...], stats: Stats | None) -> Target
         totals = [float(_signal(weight, e).sum()) for e in energies]
         rows = max(len(e) for e in energies)
         energy = sum(
-            np.repeat(e, rows // len(e), axis=0) / (t or 1.0) for e, t in zip(energies, totals, strict=True)
+            np.repeat(e, rows // len(e), axis=0) / (t or 1.0)
+            for e, t in zip(energies, totals, strict=True)
         )
         energies = [np.asarray(energy)]
     chosen = energies[0] if energies else None
@@ -129,7 +134,7 @@ def _target(name: str, layers: tuple[Layer, ...], stats: Stats | None) -> Target
 
 
 def _floored(energy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return energy + _ENERGY_FLOOR * energy.mean(1, keepdims=True)
+    return np.asarray(energy + _ENERGY_FLOOR * energy.mean(1, keepdims=True))
 
 
 def _signal(
@@ -139,7 +144,7 @@ def _signal(
     squares = np.square(weight, dtype=np.float64).reshape(rows, -1, weight.shape[1])
     if energy is None:
         return np.asarray(squares.sum(2).reshape(-1))
-    return np.einsum("gnk,gk->gn", squares, energy).reshape(-1)
+    return np.asarray(np.einsum("gnk,gk->gn", squares, energy).reshape(-1))
 
 
 def _candidate(

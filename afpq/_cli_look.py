@@ -47,7 +47,7 @@ def formats(*, as_json: bool) -> None:
     """Every number format: its values and how it is executed."""
     from afpq.formats import all_formats, codebook
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "format": str(fmt),
             "bits": fmt.bits,

@@ -88,7 +88,8 @@ def prepare(
     opened = open_data(data, loaded.inputs, preprocess=preprocess, limit=samples)
     FloatModel(loaded, threads=threads).run(next(opened.batches(1)))
     name = str(data) if isinstance(data, str | Path) else type(data).__name__
-    return replace(job, **_split(opened), data_name=name)
+    fit, held_out = _split(opened)
+    return replace(job, fit=fit, held_out=held_out, data_name=name)
 
 
 def _check_choices(
@@ -125,12 +126,11 @@ def _first_reason(model: Model) -> str:
     return f"; {len(model.skipped)} weights stay float, the first {first.name!r}: {first.reason}"
 
 
-def _split(data: Data) -> dict[str, Data | None]:
+def _split(data: Data) -> tuple[Data, Data | None]:
     """Most of the samples for calibration, some to judge by; all for calibration if there are few."""
     if data.num_samples < MIN_SAMPLES_TO_SPLIT:
-        return {"fit": data, "held_out": None}
+        return data, None
     try:
-        fit, held_out = data.split(HELD_OUT)
+        return data.split(HELD_OUT)
     except DataError:  # one batch that cannot be divided
-        return {"fit": data, "held_out": None}
-    return {"fit": fit, "held_out": held_out}
+        return data, None

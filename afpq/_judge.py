@@ -80,7 +80,10 @@ class Judge:
         """The loss of anything that runs the same feeds to the same outputs."""
         return divergence(
             self.objective,
-            ((ref, network.run(feeds)) for feeds, ref in zip(self._feeds, self._references, strict=True)),
+            (
+                (ref, network.run(feeds))
+                for feeds, ref in zip(self._feeds, self._references, strict=True)
+            ),
         )
 
 
@@ -150,7 +153,11 @@ def in_threads(
 
 
 def _is_classes(output: Array) -> bool:
-    return output.ndim >= 2 and output.shape[1] >= 2 and output.size == output.shape[0] * output.shape[1]
+    return (
+        output.ndim >= 2
+        and output.shape[1] >= 2
+        and output.size == output.shape[0] * output.shape[1]
+    )
 
 
 def _rows(output: Array) -> npt.NDArray[np.float64]:

@@ -120,7 +120,7 @@ def _rounds(
             progress("bench", min(int(100 * share), 99), 100)
     if progress is not None:
         progress("bench", 100, 100)
-    return np.array(times).T
+    return np.asarray(np.array(times).T)
 
 
 def _timing(path: str | Path, load_ms: float, times: npt.NDArray[np.float64]) -> Timing:

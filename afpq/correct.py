@@ -64,7 +64,7 @@ def correct_bias(
     change = quantized.astype(np.float64) - layer.weight
     shift = np.einsum("gnk,gk->gn", change.reshape(groups, -1, layer.k), stats.mean).reshape(-1)
     bias = np.zeros(layer.n) if layer.bias is None else layer.bias.astype(np.float64)
-    return (bias - shift).astype(np.float32)
+    return np.asarray(bias - shift, np.float32)
 
 
 def correct_biases(

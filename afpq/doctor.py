@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -102,7 +103,7 @@ def _layer(fmt: AfpFormat) -> PackedLayer:
         ir.val("weight", const_value=ir.Tensor(tensor.data, name="weight")),
         ir.val("scale", const_value=stored),
     ]
-    fields = {"format": str(fmt), "n": tensor.n, "k": tensor.k}
+    fields: dict[str, Any] = {"format": str(fmt), "n": tensor.n, "k": tensor.k}
     node = ir.node("MatMul", [ir.val("x"), *values], fields, domain="afpq", name=f"{fmt}")
     return PackedLayer(
         name=f"{fmt}",

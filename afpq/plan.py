@@ -1,7 +1,7 @@
-"""The plan: which format every layer gets. JSON, readable, editable by hand; the only artefact between search and writing.
+"""The plan: which format every layer gets. JSON, readable, editable; the only artefact between search and writing.
 
 A plan has one entry for each stored tensor (layers that share a weight share the entry). What follows from shape and
-format (sizes, bits per weight) is written for the reader and computed again on reading, so an edited `format` is enough.
+format (sizes, bits per weight) is written for the reader and computed again on reading: editing a `format` is enough.
 `allocate` finds the best choice under a budget; what a choice costs in accuracy is found in `search`.
 """
 

@@ -7,6 +7,7 @@ must agree with a float64 product of the decoded weights within a derived bound.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def verify(
             seen.add(layer.weight_name)
             findings += _check_tensor(layer, model.checksums, threads)
         if layer.op != "Unpack":
-            findings.append(_attempt(layer.name, "run", lambda x=layer: check_run(x, threads)))
+            findings.append(_attempt(layer.name, "run", partial(check_run, layer, threads)))
         if progress is not None:
             progress("verify", number, len(model.layers))
     return findings
@@ -243,7 +244,8 @@ def _product(
     axes = tuple(range(2, 2 + len(kernel)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=axes)
     steps = [slice(None, None, s) for s in strides] + [slice(None, None, d) for d in dilations]
-    windows = windows[(slice(None), slice(None), *steps)]
+    every = (slice(None), slice(None), *steps)
+    windows = windows[every]
     spatial = windows.shape[2 : 2 + len(kernel)]
     per_group = x.shape[1] // layer.groups
     # [groups, channel, positions, taps] -> [groups, positions, taps * channels]: stored order
@@ -272,4 +274,4 @@ def _along_channels(
     layer: PackedLayer, values: npt.NDArray[np.float64], rank: int
 ) -> npt.NDArray[np.float64]:
     """Values [n] shaped to be added to an output."""
-    return values if layer.op == "MatMul" else values.reshape(-1, *[1] * (rank - 2))
+    return values if layer.op == "MatMul" else values.reshape((-1, *[1] * (rank - 2)))

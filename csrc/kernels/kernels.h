@@ -66,8 +66,9 @@ typedef struct AfpqStore {
 } AfpqStore;
 
 // How floats become unsigned bytes: q = min(max(rint(x * inverse_scale) + zero_point, 0),
-// num_planes == 1 ? 255 : 65535), rint to nearest even (x * inverse_scale is within +-65536). Plane
-// 0 takes q (one plane) or q >> 8, plane 1 takes q & 255.
+// num_planes == 1 ? 255 : 65535), rint to nearest even; q = 0 where x * inverse_scale is NaN or
+// beyond +-65536 (rows with such elements have a NaN scale). Plane 0 takes q (one plane) or q >> 8,
+// plane 1 takes q & 255. zero_point is in the range of q.
 typedef struct AfpqQuantize {
   float inverse_scale;
   int32_t zero_point;
