@@ -13,22 +13,23 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from afpq._candidates import targets
-from afpq._job import Job
+from afpq._job import Job, float_tensors
 from afpq._probe import Feeds, random_feeds
 from afpq.calibrate import Stats
 from afpq.correct import Correction, correct_biases, keep_if_better
-from afpq.errors import ModelError
+from afpq.errors import ModelError, PlanError
 from afpq.evaluate import Comparison, compare
+from afpq.formats import AfpFormat
 from afpq.graph import Model
 from afpq.packed import file_bytes
 from afpq.packing import PackedTensor, packed_bytes
-from afpq.plan import Plan
+from afpq.plan import Plan, PlanEntry
 from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
 from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import session
 
-__all__ = ["build_graph", "file_size", "session_of", "try_file"]
+__all__ = ["build_graph", "file_size", "session_of", "try_file", "weight_budget"]
 
 Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
@@ -86,6 +87,30 @@ def file_size(job: Job, plan: Plan) -> int:
     graph = rewrite(job.model, plan, tensors, biases, activations=job.activations)
     total = _tensor_bytes(graph)
     return len(serialize(graph)) if total <= EXTERNAL_DATA_BYTES else total
+
+
+def weight_budget(job: Job) -> int:
+    """Bytes that a file of `job.size` bytes leaves for packed weights.
+
+    Raises:
+        PlanError: the rest of the model alone takes more.
+    """
+    assert job.size is not None
+    stay = float_tensors(job)
+    fmt = AfpFormat(2, 1)
+    entries = tuple(
+        PlanEntry((layer.name,), name, layer.n, layer.k, fmt, job.kind)
+        for name, layer in job.model.tensors().items()
+        if name not in stay
+    )
+    payload = sum(entry.storage_bits for entry in entries) // 8
+    # Lengths and offsets of larger tensors take a few bytes more.
+    rest = file_size(job, Plan(entries, None, "size")) - payload + 16 * len(entries)
+    if rest >= job.size:
+        raise PlanError(
+            f"a file of {job.size:,} bytes is impossible: what is not quantized takes {rest:,}"
+        )
+    return job.size - rest
 
 
 def session_of(packed: ir.Model, threads: int) -> ort.InferenceSession:

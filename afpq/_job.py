@@ -10,7 +10,7 @@ from afpq.graph import Model, load_model
 from afpq.plan import Plan, check_plan, match_names
 from afpq.runtime import FloatModel
 
-__all__ = ["DEFAULT_BITS", "Job", "prepare"]
+__all__ = ["DEFAULT_BITS", "Job", "float_tensors", "prepare"]
 
 DEFAULT_BITS = 5.0
 MIN_BITS, MAX_BITS = 2.0, 8.0
@@ -108,15 +108,29 @@ def _check_choices(
 
 
 def _check_names(job: Job) -> None:
-    names = [layer.name for layer in job.model.layers]
-    match_names(job.include, names, "--include")
-    match_names(job.exclude, names, "--exclude")
-    match_names(job.overrides, names, "--layer")
     if job.plan is not None:
         if job.include or job.exclude or job.overrides:
             raise PlanError("a plan already says which layers get what: edit the plan instead")
         shapes = {layer.name: (layer.weight_name, layer.n, layer.k) for layer in job.model.layers}
         check_plan(job.plan, shapes)
+        if all(entry.format is None for entry in job.plan.entries):
+            raise PlanError("the plan leaves every layer float: nothing to quantize")
+    elif float_tensors(job) == set(job.model.tensors()):
+        raise PlanError("the patterns leave every layer float: nothing to quantize")
+
+
+def float_tensors(job: Job) -> set[str]:
+    """Names of the weights that the options keep float: one layer that has to stay float keeps its whole tensor."""
+    names = [layer.name for layer in job.model.layers]
+    included = match_names(job.include, names, "--include")
+    excluded = match_names(job.exclude, names, "--exclude")
+    stay = {name for found in excluded.values() for name in found}
+    if job.include:
+        stay |= set(names) - {name for found in included.values() for name in found}
+    pinned = match_names(job.overrides, names, "--layer")
+    for pattern, fmt in job.overrides.items():
+        stay = stay | set(pinned[pattern]) if fmt == "float" else stay - set(pinned[pattern])
+    return {layer.weight_name for layer in job.model.layers if layer.name in stay}
 
 
 def _first_reason(model: Model) -> str:

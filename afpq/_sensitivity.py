@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -28,9 +29,8 @@ class Sensitivity:
             if error > 0:
                 losses_of.setdefault(error, []).append(loss)
         errors = sorted(losses_of)
-        losses = [float(np.mean(losses_of[e])) for e in errors]
-        rising = np.maximum.accumulate([max(x, _LOWEST_LOSS) for x in losses]) if errors else []
-        return Sensitivity(tuple(errors), tuple(float(x) for x in rising))
+        losses = [max(float(np.mean(losses_of[e])), _LOWEST_LOSS) for e in errors]
+        return Sensitivity(tuple(errors), tuple(accumulate(losses, max)))
 
     def loss(self, error: float) -> float:
         """The loss at an error: log-log interpolation, rising everywhere, 0 at 0."""

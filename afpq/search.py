@@ -26,7 +26,7 @@ from afpq.correct import correct_biases
 from afpq.data import Data, open_data
 from afpq.errors import PlanError
 from afpq.formats import AfpFormat
-from afpq.graph import Layer, Model, load_model
+from afpq.graph import Model, load_model
 from afpq.plan import Option, Plan, PlanEntry, allocate, match_names, read_format
 from afpq.runtime import FloatModel
 
@@ -319,8 +319,3 @@ def _check_options(
         raise PlanError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
     if mode not in MODES:
         raise PlanError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-
-
-def layer_shapes(layers: Sequence[Layer]) -> dict[str, tuple[str, int, int]]:
-    """What `plan.check_plan` compares a plan with."""
-    return {layer.name: (layer.weight_name, layer.n, layer.k) for layer in layers}
