@@ -194,10 +194,9 @@ def _encode(
             tensors[entry.weight_name] = quantize_tensor(
                 target.weight, entry.format, scale, kind=entry.kind, num_threads=job.threads
             )
-            noise = max(float(error.sum()), 1e-300)
-            sqnr[entry.weight_name] = 10 * math.log10(
-                max(float(target.signal.sum()), 1e-300) / noise
-            )
+            signal, noise = float(target.signal.sum()), float(error.sum())
+            if signal > 0 and noise > 0:
+                sqnr[entry.weight_name] = 10 * math.log10(signal / noise)
         progress("encode", number, len(plan.entries))
     return tensors, sqnr
 

@@ -25,7 +25,7 @@ _FIT = {
 }
 
 
-@click.command()
+@click.command(short_help="Layers, names for globs, sizes, formats.")
 @click.argument("model", type=click.Path(path_type=Path))
 @json_option
 def inspect(model: Path, *, as_json: bool) -> None:
@@ -41,7 +41,7 @@ def inspect(model: Path, *, as_json: bool) -> None:
         _print_float(result)
 
 
-@click.command()
+@click.command(short_help="The number formats and how each is executed.")
 @json_option
 def formats(*, as_json: bool) -> None:
     """Every number format: its values and how it is executed."""
@@ -85,7 +85,7 @@ def formats(*, as_json: bool) -> None:
         print_line(f"{name}: {text}")
 
 
-@click.command()
+@click.command(short_help="Check a packed model and how it is executed.")
 @click.argument("model", type=click.Path(path_type=Path))
 @threads_option
 @json_option
@@ -107,7 +107,7 @@ def verify(model: Path, *, threads: int, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-@click.command()
+@click.command(short_help="What works on this machine.")
 @json_option
 def doctor(*, as_json: bool) -> int:
     """What of afpq works on this machine: versions, instruction sets, the custom-op library."""

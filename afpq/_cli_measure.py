@@ -29,7 +29,7 @@ __all__ = ["bench", "compare", "print_comparison", "report"]
 _FILE = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Accuracy of two models on the same data.")
 @click.argument("reference", type=_FILE)
 @click.argument("quantized", type=_FILE)
 @click.option("--data", required=True, metavar="SRC", help="Samples, and labels if there are any.")
@@ -79,7 +79,7 @@ def compare(
     print_line(f"{quantized}: {format_bytes(after)}, {format_ratio(before, after)}")
 
 
-@click.command()
+@click.command(short_help="Speed of two models on this machine.")
 @click.argument("reference", type=_FILE)
 @click.argument("quantized", type=_FILE)
 @click.option("--data", metavar="SRC", help="Take the inputs from here instead of making them up.")
@@ -136,7 +136,7 @@ def bench(
         _print_bench(result)
 
 
-@click.command()
+@click.command(short_help="Write a report of a packed model.")
 @click.argument("model", type=_FILE)
 @click.option("-o", "--output", type=_FILE, required=True, help="R.md or R.json.")
 @click.option("--reference", type=_FILE, help="The float model, to compare with.")

@@ -62,14 +62,14 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     return click.option(flag, multiple=True, metavar="GLOB", help=text)
 
 
-@click.command(no_args_is_help=True)
-@click.argument("model", type=_FILE)
-@click.option("-o", "--output", type=_FILE, help="The packed model to write.")
+@click.command(short_help="Write a packed model.")
+@click.argument("model", type=_FILE, metavar="MODEL.onnx")
+@click.option("-o", "--output", type=_FILE, metavar="OUT.onnx", help="The packed model to write.")
 @click.option(
     "--bits",
     type=click.FloatRange(2, 8),
     metavar="B",
-    help="Budget in bits per weight, scales included, 2..8. 5 if neither --bits nor --size is given.",
+    help="Budget in bits per weight, scales included, 2..8; 5 without --bits and --size.",
 )
 @click.option("--size", callback=_size, metavar="BYTES", help="Budget for the file: 1.5MB, 800k.")
 @click.option(
@@ -89,8 +89,19 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     default="real",
     help="Exponent bias: any scale (default), or powers of two.",
 )
-@click.option("--plan", "plan_file", type=_FILE, help="Use this plan instead of searching one.")
-@click.option("--save-plan", type=_FILE, help="Write the plan that was found, to edit or reuse.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=_FILE,
+    metavar="P.json",
+    help="Use this plan instead of searching one.",
+)
+@click.option(
+    "--save-plan",
+    type=_FILE,
+    metavar="P.json",
+    help="Write the plan that was found, to edit or reuse.",
+)
 @_patterns("--include", "Quantize only these layers. May be repeated.")
 @_patterns("--exclude", "Leave these layers float. May be repeated.")
 @click.option(
@@ -101,10 +112,16 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     metavar="GLOB=FORMAT",
     help="Give these layers this format, such as 'conv*=e2m3'. May be repeated.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed (0).")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Which samples are held out to prove corrections; 0 spreads them evenly.",
+)
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Show the plan with its exact bytes; write no model.")
-@click.option("--report", type=_FILE, help="Also write a report: R.md or R.json.")
+@click.option("--report", type=_FILE, metavar="R.md", help="Also write a report: R.md or R.json.")
 @json_option
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 def quantize(model: Path, **options: Any) -> int:

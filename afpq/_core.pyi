@@ -22,3 +22,19 @@ def encode_rows(
     scales: npt.NDArray[np.float32],
     num_threads: int = 1,
 ) -> npt.NDArray[np.uint8]: ...
+
+# drivers, for tests
+def unpack(
+    data: npt.NDArray[np.uint8],
+    format: str,
+    n: int,
+    k: int,
+    scales: npt.NDArray[np.float32],
+    group_size: int,
+) -> npt.NDArray[np.float32]: ...
+
+class kernels:  # a submodule: the raw kernel tables
+    @staticmethod
+    def isa_names() -> list[str]: ...
+    @staticmethod
+    def active_isa() -> str: ...

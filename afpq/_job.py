@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from afpq.data import Data, open_data
 from afpq.errors import DataError, ModelError, PlanError
 from afpq.graph import Model, load_model
@@ -88,7 +90,7 @@ def prepare(
     opened = open_data(data, loaded.inputs, preprocess=preprocess, limit=samples)
     FloatModel(loaded, threads=threads).run(next(opened.batches(1)))
     name = str(data) if isinstance(data, str | Path) else type(data).__name__
-    fit, held_out = _split(opened)
+    fit, held_out = _split(opened, seed)
     return replace(job, fit=fit, held_out=held_out, data_name=name)
 
 
@@ -140,11 +142,21 @@ def _first_reason(model: Model) -> str:
     return f"; {len(model.skipped)} weights stay float, the first {first.name!r}: {first.reason}"
 
 
-def _split(data: Data) -> tuple[Data, Data | None]:
-    """Most of the samples for calibration, some to judge by; all for calibration if there are few."""
+def _split(data: Data, seed: int) -> tuple[Data, Data | None]:
+    """Most of the samples for calibration, some to judge by; all for calibration if there are few.
+
+    Held-out samples are spread evenly with seed 0, and drawn with any other.
+    """
     if data.num_samples < MIN_SAMPLES_TO_SPLIT:
         return data, None
     try:
-        return data.split(HELD_OUT)
+        if seed == 0:
+            return data.split(HELD_OUT)
+        count = round(HELD_OUT * len(data.units))
+        drawn = np.zeros(len(data.units), bool)
+        drawn[np.random.default_rng(seed).choice(len(data.units), count, replace=False)] = True
+        if not drawn.any():
+            return data, None
+        return replace(data, units=data.units[~drawn]), replace(data, units=data.units[drawn])
     except DataError:  # one batch that cannot be divided
         return data, None

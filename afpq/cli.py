@@ -1,7 +1,7 @@
 """The command `afpq`: results on stdout, progress and errors on stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 goal missed (the best was written), 130 interrupted. A failure is one line
-`error: ...`; only bugs show a traceback.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 goal missed (the best was written), 130 interrupted. A failure is one
+line `error: ...`; only bugs show a traceback.
 """
 
 import os
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except click.UsageError as error:
         hint = "" if error.ctx is None else f" (see {error.ctx.command_path} --help)"
-        note(f"error: {_one_line(error.format_message())}{hint}")
+        note(f"error: {_lowered(_one_line(error.format_message()))}{hint}")
         return 2
     except (click.Abort, KeyboardInterrupt):
         note("interrupted: nothing was written")
@@ -96,3 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _lowered(text: str) -> str:
+    """Messages of click in the style of the others: no capital, no full stop."""
+    return text[:1].lower() + text[1:].removesuffix(".")

@@ -128,7 +128,7 @@ def quantize(
 
     With `data` the formats are chosen by measured sensitivity and biases are corrected; a quarter of the samples is
     held out to prove the corrections. `stats` spares the calibration. Without both, formats follow from weight error
-    alone. The same arguments give the same bytes, whatever `threads` is.
+    alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is.
 
     Raises:
         ModelError: the model cannot be read, or has nothing to quantize.

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from afpq import __version__
 from afpq.errors import AfpqError
 from afpq.packed import PackedLayer, PackedModel
 from afpq.plan import PlanEntry
@@ -35,6 +36,7 @@ __all__ = [
 SUFFIXES = (".md", ".json")
 SCHEMA = 1
 
+_HEADLINE_METRICS = ("top1_reference", "top1", "agreement", "kl", "cosine", "sqnr_db")
 _LIBRARIES = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime")
 
 
@@ -111,7 +113,7 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
 def environment() -> dict[str, Any]:
     """Versions of everything that took part, and the instruction set in use."""
     result: dict[str, Any] = {
-        "afpq": _version("afpq"),
+        "afpq": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
@@ -187,7 +189,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         _layer_table(report["layers"]),
         _remarks(report["layers"]),
         _float_part(report["left_float"], report["float_tensors"]),
-        _calibration(report["calibration"], report["correction"]),
+        _calibration(report),
         _provenance(report),
     )
     return "\n\n".join(s for s in sections if s) + "\n"
@@ -236,7 +238,22 @@ def _headline(report: Mapping[str, Any]) -> str:
         budget = "" if report["budget"] is None else f"; budget: {report['budget']}"
         lines += ["", f"{bits:.3f} bits per weight, scales included{budget}."]
     lines.append(f"Float constants that remain: {size['float_tensors_bytes']:,} bytes.")
+    lines += [f"\n{line}" for line in _accuracy_lines(report["accuracy"])]
     return "\n".join(lines)
+
+
+def _accuracy_lines(accuracy: Mapping[str, Any] | None) -> list[str]:
+    if accuracy is None:
+        return ["Accuracy was not measured."]
+    lines = []
+    for output in accuracy["outputs"]:
+        numbers = [
+            f"{key.replace('_', ' ')} {_number(output[key])}"
+            for key in _HEADLINE_METRICS
+            if output.get(key) is not None
+        ]
+        lines.append(f"Against the float model, output `{output['name']}`: {', '.join(numbers)}.")
+    return lines
 
 
 def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
@@ -247,11 +264,7 @@ def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
         f"{accuracy['num_samples']:,} samples of {accuracy['data']}, both models run by onnxruntime.",
     ]
     for output in accuracy["outputs"]:
-        numbers = [
-            (key.replace("_", " "), _number(value))
-            for key, value in output.items()
-            if value is not None and key not in ("name", "kind")
-        ]
+        numbers = _pairs({k: v for k, v in output.items() if k not in ("name", "kind")})
         title = f"Output `{output['name']}` ({output['kind']})"
         parts.append(f"{title}\n\n{_table(('metric', 'value'), numbers)}")
     return "\n\n".join(parts)
@@ -305,37 +318,40 @@ def _float_part(left: list[dict[str, Any]], tensors: list[dict[str, Any]]) -> st
     return "\n\n".join(parts)
 
 
-def _calibration(
-    calibration: Mapping[str, Any] | None, correction: Mapping[str, Any] | None
-) -> str:
+def _calibration(report: Mapping[str, Any]) -> str:
+    calibration, correction = report["calibration"], report["correction"]
+    if calibration is None and report["objective"] is None:
+        return "## Calibration\n\nNot known: this report was made from the file alone."
     if calibration is None:
         return (
-            "## Calibration\n\nNone. Formats were chosen by weight error alone: nothing was measured on the network, "
-            "so the predicted losses only rank layers."
+            "## Calibration\n\nNone. Formats were chosen by weight error alone: nothing was measured "
+            "on the network, so the predicted losses only rank layers."
         )
-    text = "## Calibration\n\n" + _table(
-        ("", ""), [(k.replace("_", " "), _number(v)) for k, v in calibration.items()]
-    )
+    text = "## Calibration\n\n" + _table(("", ""), _pairs(calibration))
     if correction is None:
         return text
-    rows = [(k.replace("_", " "), _number(v)) for k, v in correction.items()]
-    return text + "\n\n### Bias correction\n\n" + _table(("", ""), rows)
+    return text + "\n\n### Bias correction\n\n" + _table(("", ""), _pairs(correction))
 
 
 def _provenance(report: Mapping[str, Any]) -> str:
     rows = []
     for name in ("source", "output"):
-        facts = report[name]
-        if facts is not None:
-            rows += [(f"{name} {k.replace('_', ' ')}", _number(v)) for k, v in facts.items()]
-    rows += [("objective", _number(report["objective"]))] if report["objective"] else []
-    rows += [(k.replace("_", " "), _number(v)) for k, v in report["checks"].items()]
+        facts = report[name] or {}
+        rows += _pairs({f"{name} {key}": value for key, value in facts.items()})
+    rows += _pairs({"objective": report["objective"], "predicted_loss": report["predicted_loss"]})
+    rows += _pairs(report["checks"])
     rows += [(f"{k}, seconds", f"{v:.1f}") for k, v in report["seconds"].items()]
     rows += [(k, str(v)) for k, v in report["environment"].items()]
     text = "## How it was made\n\n"
     if report["command"]:
         text += f"```\n{report['command']}\n```\n\n"
     return text + _table(("", ""), rows)
+
+
+def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of name and value; what is not known is left out."""
+    known = {key: value for key, value in values.items() if value not in (None, "")}
+    return [(key.replace("_", " "), _number(value)) for key, value in known.items()]
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -362,4 +378,4 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "source tree" if name == "afpq" else "not installed"
+        return "not installed"

@@ -11,7 +11,9 @@ from afpq.rounding import best_scale, fake_quantize_rows
 RNG = np.random.default_rng(0)
 
 
-def make_layer(n: int, k: int, *, groups: int = 1, bias: bool = True, kind: str = "matmul") -> Layer:
+def make_layer(
+    n: int, k: int, *, groups: int = 1, bias: bool = True, kind: str = "matmul"
+) -> Layer:
     weight = RNG.standard_normal((n, k)).astype(np.float32)
     return Layer(
         name="layer",
@@ -84,7 +86,9 @@ def test_only_layers_with_statistics_and_a_bias_are_corrected() -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     layer = make_layer(4, 3)
-    with pytest.raises(PlanError, match=r"layer 'layer': quantized weight \[4, 2\] is not \[4, 3\]"):
+    with pytest.raises(
+        PlanError, match=r"layer 'layer': quantized weight \[4, 2\] is not \[4, 3\]"
+    ):
         correct_bias(layer, make_stats(RNG.random((9, 1, 3))), np.zeros((4, 2), np.float32))
     with pytest.raises(PlanError, match=r"layer 'layer': input means \[3, 3\] do not fit"):
         correct_bias(layer, make_stats(RNG.random((9, 3, 3))), rounded(layer))

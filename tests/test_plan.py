@@ -69,7 +69,9 @@ def test_allocate_is_exact_where_losses_span_many_orders(budget: float) -> None:
 
     combinations = itertools.product(*groups)
     best = min(
-        math.fsum(o.loss for o in c) for c in combinations if sum(o.storage_bits for o in c) <= limit
+        math.fsum(o.loss for o in c)
+        for c in combinations
+        if sum(o.storage_bits for o in c) <= limit
     )
     assert math.fsum(g[j].loss for g, j in zip(groups, choice, strict=True)) <= best * (1 + 1e-6)
 
