@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from afpq._candidates import targets
+from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._probe import Feeds, random_feeds
 from afpq.calibrate import Stats
@@ -29,7 +29,9 @@ from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import session
 
-__all__ = ["build_graph", "file_size", "session_of", "try_file", "weight_budget"]
+__all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file"]
+
+_SMALLEST = AfpFormat(0, 1)
 
 Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
@@ -47,7 +49,7 @@ def build_graph(
         objective=plan.objective,
         predicted_loss=plan.predicted_loss,
         layers=layer_facts(plan.entries, sqnr),
-        left_float=_left_float(job.model, plan),
+        left_float=_left_float(job, plan),
         float_bytes=_float_bytes(job.model, tensors),
         calibration=_calibration_facts(job, stats),
     )
@@ -89,28 +91,44 @@ def file_size(job: Job, plan: Plan) -> int:
     return len(serialize(graph)) if total <= EXTERNAL_DATA_BYTES else total
 
 
-def weight_budget(job: Job) -> int:
-    """Bytes that a file of `job.size` bytes leaves for packed weights.
+def check_budget(job: Job) -> int | None:
+    """Refuses a budget that no plan can meet; returns the bytes for packed weights if the budget is a file size.
 
     Raises:
-        PlanError: the rest of the model alone takes more.
+        PlanError: the budget is too small.
     """
-    assert job.size is not None
     stay = float_tensors(job)
-    fmt = AfpFormat(2, 1)
+    active = [t for t in targets(job.model.layers, None) if t.weight_name not in stay]
+    found = [
+        candidates(t, kind=job.kind, formats=[_SMALLEST], num_threads=job.threads) for t in active
+    ]
+    smallest = -(-sum(min(c.storage_bits for c in choices) for choices in found) // 8)
+    weights = sum(t.weight.size for t in active)
+    if job.size is None:
+        if job.bits is not None and 8 * smallest > job.bits * weights:
+            raise PlanError(
+                f"a budget of {job.bits:g} bits per weight is impossible: scales and padding included, "
+                f"{math.ceil(8000 * smallest / weights) / 1000:.3f} is the least"
+            )
+        return None
+    rest = _rest_bytes(job, active)
+    if rest + smallest > job.size:
+        raise PlanError(
+            f"a file of {job.size:,} bytes is impossible: the smallest weights take {smallest:,} bytes, "
+            f"everything else {rest:,}"
+        )
+    return job.size - rest
+
+
+def _rest_bytes(job: Job, active: list[Target]) -> int:
+    """What a file holds besides packed weights, a little more rather than less."""
     entries = tuple(
-        PlanEntry((layer.name,), name, layer.n, layer.k, fmt, job.kind)
-        for name, layer in job.model.tensors().items()
-        if name not in stay
+        PlanEntry(t.names, t.weight_name, len(t.weight), t.weight.shape[1], _SMALLEST, job.kind)
+        for t in active
     )
     payload = sum(entry.storage_bits for entry in entries) // 8
     # Lengths and offsets of larger tensors take a few bytes more.
-    rest = file_size(job, Plan(entries, None, "size")) - payload + 16 * len(entries)
-    if rest >= job.size:
-        raise PlanError(
-            f"a file of {job.size:,} bytes is impossible: what is not quantized takes {rest:,}"
-        )
-    return job.size - rest
+    return file_size(job, Plan(entries, None, "size")) - payload + 16 * len(entries)
 
 
 def session_of(packed: ir.Model, threads: int) -> ort.InferenceSession:
@@ -220,17 +238,19 @@ def _tensor_bytes(model: ir.Model) -> int:
     return sum(t.nbytes for t in values if t is not None)
 
 
-def _left_float(model: Model, plan: Plan) -> list[dict[str, Any]]:
+def _left_float(job: Job, plan: Plan) -> list[dict[str, Any]]:
     """Weights that the file holds as floats, and why."""
+    chosen = "left out by --include, --exclude or --layer"
+    if job.plan is not None:
+        chosen = "float in the given plan"
     planned = {name: entry for entry in plan.entries for name in entry.layers}
     result = []
-    for layer in model.layers:
+    for layer in job.model.layers:
         entry = planned.get(layer.name)
         if entry is None or entry.format is None:
-            reason = "not in the plan" if entry is None else "excluded, or float in the plan"
-            fields = (layer.name, layer.op_type, reason, layer.num_weights)
+            fields = (layer.name, layer.op_type, chosen, layer.num_weights)
             result.append(dict(zip(_FLOAT_FIELDS, fields, strict=True)))
-    for skipped in model.skipped:
+    for skipped in job.model.skipped:
         fields = (skipped.name, skipped.op_type, skipped.reason, skipped.num_weights)
         result.append(dict(zip(_FLOAT_FIELDS, fields, strict=True)))
     return result

@@ -93,7 +93,8 @@ def verify(model: Path, *, threads: int, as_json: bool) -> int:
     """Check a packed model: checksums, codes, and that the runtime computes what the format says."""
     from afpq.verify import verify as run
 
-    findings = run(model, threads=threads, progress=StageProgress())
+    with StageProgress() as progress:
+        findings = run(model, threads=threads, progress=progress)
     failed = [f for f in findings if not f.passed]
     if as_json:
         print_json({"passed": not failed, "findings": [asdict(f) for f in findings]})

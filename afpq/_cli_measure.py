@@ -11,14 +11,15 @@ from afpq._cli_output import (
     check_output,
     check_report_suffix,
     data_options,
-    format_bytes,
-    format_ratio,
+    format_change,
     json_option,
     print_json,
     print_line,
     print_table,
+    read_plan,
     threads_option,
 )
+from afpq.errors import PlanError
 
 if TYPE_CHECKING:
     from afpq.bench import BenchResult
@@ -54,16 +55,17 @@ def compare(
     """
     from afpq.evaluate import compare as run
 
-    result = run(
-        reference,
-        quantized,
-        data,
-        preprocess=preprocess,
-        limit=samples,
-        layers=layers,
-        threads=threads,
-        progress=StageProgress(),
-    )
+    with StageProgress() as progress:
+        result = run(
+            reference,
+            quantized,
+            data,
+            preprocess=preprocess,
+            limit=samples,
+            layers=layers,
+            threads=threads,
+            progress=progress,
+        )
     if as_json:
         print_json(result.to_dict())
         return
@@ -75,8 +77,7 @@ def compare(
     print_line()
     before, after = result.reference_bytes, result.quantized_bytes
     assert before is not None and after is not None
-    print_line(f"{reference}: {format_bytes(before)}")
-    print_line(f"{quantized}: {format_bytes(after)}, {format_ratio(before, after)}")
+    print_line(f"{quantized}: {format_change(before, after)}")
 
 
 @click.command(short_help="Speed of two models on this machine.")
@@ -121,15 +122,16 @@ def bench(
         feeds = next(opened.batches(batch))
     elif preprocess is not None or samples is not None:
         raise click.UsageError("--preprocess and --samples need --data")
-    result = run(
-        reference,
-        quantized,
-        feeds=feeds,
-        threads=threads,
-        batch=batch,
-        seconds=seconds,
-        progress=StageProgress(),
-    )
+    with StageProgress() as progress:
+        result = run(
+            reference,
+            quantized,
+            feeds=feeds,
+            threads=threads,
+            batch=batch,
+            seconds=seconds,
+            progress=progress,
+        )
     if as_json:
         print_json(asdict(result))
     else:
@@ -161,7 +163,6 @@ def report(
     from afpq import report as write
     from afpq.evaluate import compare as run
     from afpq.packed import file_bytes, read_packed
-    from afpq.plan import Plan
 
     check_report_suffix(output)
     check_output(output, force=force, sources=[model, reference, plan])
@@ -172,18 +173,22 @@ def report(
     if reference is not None:
         facts["source"] = write.file_facts(reference, file_bytes(reference))
     if plan is not None:
-        entries = Plan.from_json(plan.read_text(encoding="utf-8")).entries
-        facts["layers"] = write.layer_facts(entries)
+        found = read_plan(plan)
+        if found.plan_hash != packed.metadata.get("afpq.plan_hash"):
+            raise PlanError(f"{plan}: not the plan that {model} was made by")
+        facts["layers"] = write.layer_facts(found.entries)
+        facts |= {"objective": found.objective, "predicted_loss": found.predicted_loss}
     if data is not None and reference is not None:
-        result = run(
-            reference,
-            model,
-            data,
-            preprocess=preprocess,
-            limit=samples,
-            threads=threads,
-            progress=StageProgress(),
-        )
+        with StageProgress() as progress:
+            result = run(
+                reference,
+                model,
+                data,
+                preprocess=preprocess,
+                limit=samples,
+                threads=threads,
+                progress=progress,
+            )
         facts["accuracy"] = write.accuracy_facts(result.to_dict(), data)
     write.write_report(write.build_report(packed, write.RunFacts(**facts)), output)
     print_line(f"{output}: report of {model}")
@@ -222,19 +227,23 @@ def print_comparison(result: "Comparison") -> None:
 
 def _print_bench(result: "BenchResult") -> None:
     shapes = ", ".join(f"{k} {list(v)}" for k, v in result.shapes.items())
-    threads = "one thread a core" if result.threads == 0 else f"{result.threads} threads"
-    print_line(f"{shapes}; {threads}; {result.num_rounds} interleaved rounds")
+    threads = "one a core" if result.threads == 0 else f"{result.threads}"
+    print_line(f"input {shapes}")
+    print_line(f"threads: {threads}; {result.num_rounds} interleaved rounds")
     print_line()
+    names = [Path(t.path).name for t in (result.first, result.second)]
+    if names[0] == names[1]:
+        names = [result.first.path, result.second.path]
     rows = [
         (
-            t.path,
+            name,
             f"{t.median_ms:.3f}",
             f"{t.p10_ms:.3f}..{t.p90_ms:.3f}",
             f"{t.min_ms:.3f}",
             f"{t.load_ms:.1f}",
             f"{t.file_bytes:,}",
         )
-        for t in (result.first, result.second)
+        for name, t in zip(names, (result.first, result.second), strict=True)
     ]
     print_table(("model", "median ms", "10..90 %", "min", "load", "bytes"), rows)
     print_line()
@@ -242,5 +251,5 @@ def _print_bench(result: "BenchResult") -> None:
     factor = result.ratio if result.ratio > 1 else 1 / result.ratio
     print_line(
         f"time ratio {result.ratio:.3f} (10..90 %: {result.ratio_p10:.3f}..{result.ratio_p90:.3f}): "
-        f"{factor:.2f}x {word} than {Path(result.first.path).name}"
+        f"{factor:.2f}x {word}"
     )

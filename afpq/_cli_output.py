@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from rich.console import Console
@@ -22,7 +22,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, PlanError
+
+if TYPE_CHECKING:
+    from afpq.plan import Plan
 
 __all__ = [
     "StageProgress",
@@ -30,6 +33,7 @@ __all__ = [
     "check_report_suffix",
     "data_options",
     "format_bytes",
+    "format_change",
     "format_ratio",
     "json_option",
     "note",
@@ -37,6 +41,7 @@ __all__ = [
     "print_json",
     "print_line",
     "print_table",
+    "read_plan",
     "threads_option",
 ]
 
@@ -108,6 +113,24 @@ def check_report_suffix(path: Path) -> None:
         raise click.UsageError(f"report {path}: the supported suffixes are {known}")
 
 
+def read_plan(path: Path) -> "Plan":
+    """Reads a plan file.
+
+    Raises:
+        PlanError: it is missing, or no plan; names the file.
+    """
+    from afpq.plan import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path}: not a text file") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
 def parse_size(text: str) -> int:
     """Reads `1500000`, `1.5MB`, `800k`, `3MiB` as bytes.
 
@@ -123,12 +146,15 @@ def parse_size(text: str) -> int:
 
 def format_bytes(size: int) -> str:
     """`13,970,236 bytes (13.97 MB)`."""
-    if size < 1000:
-        return f"{size} bytes"
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             return f"{size:,} bytes ({size / factor:.2f} {unit})"
-    raise AssertionError
+    return f"{size} bytes"
+
+
+def format_change(before: int, after: int) -> str:
+    """`13,970,236 -> 2,253,966 bytes, 6.20x smaller`."""
+    return f"{before:,} -> {after:,} bytes, {format_ratio(before, after)}"
 
 
 def format_ratio(before: int, after: int) -> str:
@@ -190,6 +216,12 @@ class StageProgress:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> "StageProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()

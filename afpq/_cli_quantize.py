@@ -15,14 +15,14 @@ from afpq._cli_output import (
     check_output,
     check_report_suffix,
     data_options,
-    format_bytes,
-    format_ratio,
+    format_change,
     json_option,
     note,
     parse_size,
     print_json,
     print_line,
     print_table,
+    read_plan,
     threads_option,
 )
 from afpq.errors import PlanError
@@ -160,13 +160,10 @@ class _Options:
 
 def _quantize(model: Path, options: _Options) -> int:
     _check_usage(model, options)
-    from afpq.plan import Plan
     from afpq.quantize import build, find_plan, prepare
     from afpq.report import write_text
 
-    plan = None
-    if options.plan_file is not None:
-        plan = Plan.from_json(_read_plan(options.plan_file))
+    plan = None if options.plan_file is None else read_plan(options.plan_file)
     job = prepare(
         model,
         plan,
@@ -184,8 +181,7 @@ def _quantize(model: Path, options: _Options) -> int:
         threads=options.threads,
     )
     _say_defaults(job, options)
-    progress = StageProgress()
-    try:
+    with StageProgress() as progress:
         found, stats = find_plan(job, progress=progress)
         if options.save_plan is not None:
             write_text(options.save_plan, found.to_json())
@@ -194,8 +190,6 @@ def _quantize(model: Path, options: _Options) -> int:
         result = build(job, found, stats, progress=progress)
         assert options.output is not None
         size = result.save(options.output)
-    finally:
-        progress.close()
     result.facts = replace(result.facts, command=_command_line(), seconds=dict(progress.seconds))
     if options.report is not None:
         result.report(options.report)
@@ -228,22 +222,12 @@ def _check_usage(model: Path, options: _Options) -> None:
             check_output(path, force=options.force, sources=sources)
 
 
-def _read_plan(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PlanError(f"{path}: the plan is not a text file") from error
-
-
 def _say_defaults(job: "Job", options: _Options) -> None:
     if options.bits is None and options.size is None and options.plan_file is None:
         note(f"budget: {job.budget} (neither --bits nor --size was given)")
     if options.calib is None and options.plan_file is None:
-        note(
-            "no --calib: formats follow from weight error alone, nothing is measured on the "
-            "network;\nbelow 6 bits accuracy can drop much more than with some 50 samples. Check "
-            "with afpq compare."
-        )
+        note("no --calib: formats follow from weight error alone and nothing is measured on the")
+        note("network, so accuracy may drop far more than with samples; check with afpq compare")
 
 
 def _print_dry_run(job: "Job", plan: "Plan", options: _Options) -> int:
@@ -263,7 +247,8 @@ def _print_dry_run(job: "Job", plan: "Plan", options: _Options) -> int:
         )
     else:
         _print_plan(plan)
-        print_line(f"{job.model.path}: {_sizes(before, size)} (dry run, nothing written)")
+        print_line("dry run: nothing written")
+        print_line(f"{job.model.path}: {format_change(before, size)}")
     return _goal(job, size)
 
 
@@ -296,15 +281,17 @@ def _print_result(job: "Job", result: "QuantizedModel", size: int, options: _Opt
     assert result.plan is not None
     _print_plan(result.plan)
     _print_facts(result)
-    print_line(f"{options.output}: {_sizes(before, size)}")
+    print_line(f"{options.output}: {format_change(before, size)}")
     return code
 
 
 def _print_facts(result: "QuantizedModel") -> None:
     facts = result.facts
     summary = result.summary()
-    for entry in facts.left_float:
-        print_line(f"left float: {entry['name']} ({entry['op_type']}): {entry['reason']}")
+    for reason in dict.fromkeys(entry["reason"] for entry in facts.left_float):
+        names = [entry["name"] for entry in facts.left_float if entry["reason"] == reason]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print_line(f"left float: {', '.join(names[:3])}{more}: {reason}")
     for remark in dict.fromkeys(e["remark"] for e in summary["layers"] if e["remark"]):
         count = sum(e["remark"] == remark for e in summary["layers"])
         print_line(f"{count} of {len(summary['layers'])} layers: {remark}")
@@ -341,10 +328,6 @@ def _goal(job: "Job", size: int) -> int:
         note(f"error: goal missed: {size:,} bytes, the budget was {job.size:,}")
         return GOAL_MISSED
     return 0
-
-
-def _sizes(before: int, after: int) -> str:
-    return f"{format_bytes(before)} -> {format_bytes(after)}, {format_ratio(before, after)}"
 
 
 def _short(objective: str) -> str:

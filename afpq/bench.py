@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from afpq._probe import Feeds, random_feeds
-from afpq.errors import DataError
+from afpq.errors import DataError, ModelError
 from afpq.packed import file_bytes
 from afpq.runtime import session
 
@@ -64,8 +64,8 @@ def bench(
     """Runs both models in turn for about `seconds`, at least 20 rounds; random inputs if `feeds` is None.
 
     Raises:
-        ModelError: a file cannot be loaded.
-        DataError: the models do not have the same inputs.
+        ModelError: a file cannot be loaded or run.
+        DataError: the models do not have the same inputs, or these cannot be made up.
     """
     loaded = [_load(path, threads) for path in (first, second)]
     sessions = [s for s, _ in loaded]
@@ -103,8 +103,14 @@ def _rounds(
 ) -> npt.NDArray[np.float64]:
     """Milliseconds [2, rounds]; who goes first alternates."""
     for model in sessions:
-        for _ in range(_WARM_UP):
-            model.run(None, feeds)
+        try:
+            for _ in range(_WARM_UP):
+                model.run(None, feeds)
+        except Exception as error:  # onnxruntime has a kind of its own for every status
+            message = " ".join(str(error).split())
+            raise ModelError(
+                f"onnxruntime cannot run the model on this input: {message}"
+            ) from error
     times: list[tuple[float, float]] = []
     start = time.perf_counter()
     while len(times) < _MIN_ROUNDS or time.perf_counter() - start < seconds:

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(f"error: {_lowered(_one_line(error.format_message()))}{hint}")
         return 2
     except (click.Abort, KeyboardInterrupt):
-        note("interrupted: nothing was written")
+        note("interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

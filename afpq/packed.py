@@ -17,6 +17,7 @@ from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
 
 __all__ = [
+    "DOMAIN",
     "FloatTensor",
     "PackedLayer",
     "PackedModel",

@@ -27,6 +27,7 @@ __all__ = [
     "check_plan",
     "match_names",
     "parse_overrides",
+    "read_format",
     "storage_bits",
 ]
 

@@ -16,11 +16,11 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime as ort
 
-from afpq._build import build_graph, file_size, session_of, try_file, weight_budget
+from afpq._build import build_graph, check_budget, file_size, session_of, try_file
 from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
 from afpq.calibrate import Stats, calibrate
-from afpq.errors import ModelError, PlanError
+from afpq.errors import ModelError
 from afpq.graph import Model
 from afpq.packed import describe_packed, file_bytes, is_packed, read_ir
 from afpq.plan import Plan
@@ -176,6 +176,7 @@ def find_plan(
         PlanError: the budget is impossible.
     """
     progress = progress or _silent
+    size = None if job.plan is not None else check_budget(job)
     if stats is None and job.fit is not None:
         stats = calibrate(
             job.model,
@@ -185,25 +186,19 @@ def find_plan(
         )
     if job.plan is not None:
         return job.plan, stats
-    size = None if job.size is None else weight_budget(job)
-    try:
-        plan = search(
-            job.model,
-            stats,
-            bits=job.bits,
-            size=size,
-            data=job.fit,
-            kind=job.kind,
-            include=job.include,
-            exclude=job.exclude,
-            overrides=job.overrides,
-            threads=job.threads,
-            progress=progress,
-        )
-    except PlanError as error:
-        if size is None:
-            raise
-        raise PlanError(f"of {job.size:,} bytes, {size:,} are left for weights: {error}") from error
+    plan = search(
+        job.model,
+        stats,
+        bits=job.bits,
+        size=size,
+        data=job.fit,
+        kind=job.kind,
+        include=job.include,
+        exclude=job.exclude,
+        overrides=job.overrides,
+        threads=job.threads,
+        progress=progress,
+    )
     return plan, stats
 
 

@@ -28,3 +28,13 @@ def models() -> Path:
 def isa(request: pytest.FixtureRequest) -> str:
     """Every instruction set that this machine can run, one after another."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def packed_lenet(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LeNet-5 at 4 bits, planned without data."""
+    import afpq
+
+    out = tmp_path_factory.mktemp("packed") / "lenet5.afpq.onnx"
+    afpq.quantize(models / "lenet5_digits.onnx", bits=4).save(out)
+    return out

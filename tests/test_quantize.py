@@ -1,0 +1,324 @@
+"""The pipeline on a small real network: budgets, choices, determinism, what is written and what is not."""
+
+import errno
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import afpq
+from afpq.errors import DataError, ModelError, PlanError
+from afpq.packed import read_packed
+from afpq.plan import Plan, PlanEntry
+from afpq.quantize import file_size, find_plan, load, prepare, quantize
+
+DATA = "digits_calibration.npz"
+
+
+@pytest.fixture(scope="module")
+def lenet(request: pytest.FixtureRequest) -> Path:
+    return Path(request.getfixturevalue("models")) / "lenet5_digits.onnx"
+
+
+@pytest.fixture(scope="module")
+def digits(lenet: Path) -> dict[str, Any]:
+    with np.load(lenet.parent / DATA) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture(scope="module")
+def calibrated(lenet: Path, digits: dict[str, Any]) -> afpq.QuantizedModel:
+    return quantize(lenet, data=digits, bits=4, samples=64)
+
+
+@pytest.mark.parametrize("bits", [2.5, 4, 6, 8])
+def test_bits_per_weight_stay_within_the_budget(lenet: Path, tmp_path: Path, bits: float) -> None:
+    model = quantize(lenet, bits=bits)
+    model.save(tmp_path / "out.onnx")
+
+    assert model.plan is not None and model.plan.bits_per_weight <= bits
+    size = model.summary()["size"]
+    assert size["bits_per_weight"] == pytest.approx(model.plan.bits_per_weight)
+
+
+def test_without_a_budget_five_bits_are_taken(lenet: Path) -> None:
+    job = prepare(lenet)
+
+    assert job.bits == 5
+    assert job.budget == "5 bits per weight"
+
+
+@pytest.mark.parametrize("size", [25_000, 30_000, 45_678])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_size_limits_the_whole_file(
+    lenet: Path, digits: dict[str, Any], tmp_path: Path, size: int, calibrated: bool
+) -> None:
+    model = quantize(lenet, size=size, data=digits if calibrated else None, samples=16)
+
+    written = model.save(tmp_path / "out.onnx")
+
+    assert written == (tmp_path / "out.onnx").stat().st_size
+    assert 0.95 * size < written <= size
+
+
+def test_file_size_is_exact_before_anything_is_encoded(lenet: Path, tmp_path: Path) -> None:
+    job = prepare(lenet, bits=4)
+    plan, _ = find_plan(job)
+
+    expected = file_size(job, plan)
+
+    assert quantize(lenet, plan).save(tmp_path / "out.onnx") == expected
+
+
+def test_calibration_reports_held_out_samples_and_correction(
+    calibrated: afpq.QuantizedModel,
+) -> None:
+    facts = calibrated.facts
+
+    assert facts.calibration is not None and facts.correction is not None
+    assert facts.calibration["samples"] == 48
+    assert facts.calibration["held_out_samples"] == 16
+    assert facts.correction["kept"] == (
+        facts.correction["loss_with"] < facts.correction["loss_without"]
+    )
+    assert facts.accuracy is not None and facts.accuracy["num_samples"] == 16
+
+
+def test_packed_network_agrees_with_the_float_one(
+    lenet: Path, calibrated: afpq.QuantizedModel
+) -> None:
+    with np.load(lenet.parent / "digits_evaluation.npz") as data:
+        images, labels = data["input"], data["labels"]
+
+    logits = calibrated.session().run(None, {"input": images})[0]
+
+    assert (logits.argmax(1) == labels).mean() > 0.95
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bytes_do_not_depend_on_threads(
+    lenet: Path, digits: dict[str, Any], tmp_path: Path, threads: int
+) -> None:
+    quantize(lenet, data=digits, samples=24, bits=4.5, threads=0).save(tmp_path / "a.onnx")
+    quantize(lenet, data=digits, samples=24, bits=4.5, threads=threads).save(tmp_path / "b.onnx")
+
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_seed_draws_the_held_out_samples(lenet: Path, digits: dict[str, Any]) -> None:
+    jobs = [prepare(lenet, data=digits, seed=seed) for seed in (0, 1, 1, 2)]
+    units = [tuple(job.held_out.units) for job in jobs if job.held_out is not None]
+
+    assert len(units) == 4
+    assert units[1] == units[2]
+    assert len(set(units)) == 3
+    for job in jobs:
+        assert job.fit is not None and job.held_out is not None
+        assert not set(job.fit.units) & set(job.held_out.units)
+        assert job.held_out.num_samples == 32
+
+
+def test_few_samples_are_all_used_for_calibration(lenet: Path, digits: dict[str, Any]) -> None:
+    model = quantize(lenet, data=digits, samples=7)
+
+    assert model.facts.correction is None
+    assert model.facts.calibration is not None and model.facts.calibration["samples"] == 7
+
+
+def test_patterns_choose_layers_and_formats(lenet: Path, tmp_path: Path) -> None:
+    model = quantize(lenet, exclude=["/0/*"], overrides={"/3/Conv": "e2m4"}, kind="integer")
+    model.save(tmp_path / "out.onnx")
+
+    layers = {layer.name: layer for layer in read_packed(tmp_path / "out.onnx").layers}
+    assert sorted(layers) == ["/11/Gemm", "/3/Conv", "/7/Gemm", "/9/Gemm"]
+    assert str(layers["/3/Conv"].format) == "e2m4"
+    assert {layer.kind for layer in layers.values()} == {"integer"}
+    assert [entry["name"] for entry in model.facts.left_float] == ["/0/Conv"]
+
+
+def test_include_leaves_the_rest_float(lenet: Path, tmp_path: Path) -> None:
+    quantize(lenet, include=["*/Conv"]).save(tmp_path / "out.onnx")
+
+    layers = read_packed(tmp_path / "out.onnx").layers
+    assert [layer.name for layer in layers] == ["/0/Conv", "/3/Conv"]
+
+
+@pytest.mark.parametrize("activations", ["a16", "a8", "f32"])
+def test_activation_mode_is_written_into_every_product(
+    lenet: Path, tmp_path: Path, activations: str
+) -> None:
+    quantize(lenet, activations=activations).save(tmp_path / "out.onnx")
+
+    layers = read_packed(tmp_path / "out.onnx").layers
+    assert {layer.activations for layer in layers} == {activations}
+
+
+def test_a_plan_is_followed(lenet: Path, tmp_path: Path) -> None:
+    plan = find_plan(prepare(lenet, bits=6))[0]
+    edited = Plan.from_json(plan.to_json().replace('"e2m3"', '"e0m5"'))
+
+    quantize(lenet, edited).save(tmp_path / "out.onnx")
+
+    packed = read_packed(tmp_path / "out.onnx")
+    assert "e0m5" in {str(layer.format) for layer in packed.layers}
+    assert packed.metadata["afpq.plan_hash"] == edited.plan_hash
+
+
+def test_load_needs_only_the_file(calibrated: afpq.QuantizedModel, tmp_path: Path) -> None:
+    calibrated.save(tmp_path / "out.onnx")
+    image = np.zeros((2, 1, 28, 28), np.float32)
+
+    loaded = load(tmp_path / "out.onnx")
+
+    expected = calibrated.session().run(None, {"input": image})[0]
+    np.testing.assert_array_equal(loaded.session().run(None, {"input": image})[0], expected)
+    assert loaded.summary()["size"]["bits_per_weight"] <= 4
+
+
+def test_load_refuses_a_float_model(lenet: Path) -> None:
+    with pytest.raises(ModelError, match="not a packed model"):
+        load(lenet)
+
+
+def test_report_needs_a_saved_model(lenet: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="save the model"):
+        quantize(lenet).report(tmp_path / "r.md")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 9}, r"bits 9 is not in the range 2\.\.8"),
+        ({"bits": float("nan")}, "bits nan is not in the range"),
+        ({"bits": 5, "size": 1000}, "one of plan, bits and size"),
+        ({"size": 0}, "size 0 is not a positive"),
+        ({"activations": "a4"}, "activations 'a4' is not one of"),
+        ({"kind": "fixed"}, "kind 'fixed' is not one of"),
+        ({"exclude": ["conv*"]}, "--exclude 'conv[*]' matches no layer; nearest: "),
+        ({"include": ["conv*"]}, "--include 'conv[*]' matches no layer"),
+        ({"overrides": {"fc": "e2m1"}}, "--layer 'fc' matches no layer"),
+        ({"exclude": ["*"]}, "every layer float"),
+    ],
+)
+def test_wrong_options_are_refused(lenet: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        prepare(lenet, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 2}, r"a budget of 2 bits per weight is impossible.* is the least"),
+        ({"size": 10_000}, "a file of 10,000 bytes is impossible"),
+    ],
+)
+def test_impossible_budgets_are_refused_before_calibration(
+    lenet: Path, digits: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    job = prepare(lenet, data=digits, **options)
+    stages: list[str] = []
+
+    with pytest.raises(PlanError, match=message):
+        find_plan(job, progress=lambda stage, done, total: stages.append(stage))
+    assert stages == []
+
+
+def test_a_plan_of_another_model_is_refused(lenet: Path) -> None:
+    entry = PlanEntry(("conv",), "conv.weight", 4, 9, afpq.AfpFormat(2, 1))
+
+    with pytest.raises(PlanError, match="no layer 'conv'"):
+        prepare(lenet, Plan((entry,), 4.0, "weight_error"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"image": np.zeros((4, 1, 28, 28), np.float32)}, "image"),
+        ({"input": np.zeros((4, 3, 28, 28), np.float32)}, "input"),
+        ({"input": np.zeros((4, 28, 28), np.float32)}, "input"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(
+    lenet: Path, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare(lenet, data=data)
+
+
+def test_weights_with_nan_are_refused(lenet: Path, tmp_path: Path) -> None:
+    model = onnx.load(lenet)
+    tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[7] = np.nan
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+
+    with pytest.raises(ModelError, match="NaN"):
+        prepare(tmp_path / "nan.onnx")
+
+
+def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
+    value = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"
+    ]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:]
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "relu.onnx")
+
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        prepare(tmp_path / "relu.onnx")
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    lenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantize(lenet)
+    (tmp_path / "out.onnx").write_bytes(b"before")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ModelError, match=r"out\.onnx: cannot be written: No space left"):
+        model.save(tmp_path / "out.onnx")
+
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+    assert (tmp_path / "out.onnx").read_bytes() == b"before"
+
+
+def test_a_file_that_does_not_run_is_not_kept(
+    lenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantize(lenet)
+
+    def broken(*_: object) -> None:
+        raise ModelError("onnxruntime cannot load it")
+
+    monkeypatch.setattr(importlib.import_module("afpq.quantize"), "try_file", broken)
+    with pytest.raises(ModelError, match="cannot load"):
+        model.save(tmp_path / "out.onnx")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_names_are_the_functions(lenet: Path) -> None:
+    assert afpq.quantize is quantize
+    assert callable(afpq.search) and callable(afpq.calibrate)
+    assert set(afpq.__all__) <= set(dir(afpq))
+
+
+def test_the_three_steps_of_the_readme(
+    lenet: Path, digits: dict[str, Any], tmp_path: Path
+) -> None:
+    stats = afpq.calibrate(lenet, digits, limit=16)
+    plan = afpq.search(lenet, stats, bits=4.5)
+    model = afpq.quantize(lenet, plan, stats)
+    model.save(tmp_path / "out.onnx")
+    model.report(tmp_path / "report.md")
+
+    assert (tmp_path / "report.md").read_text().startswith("# out.onnx")
