@@ -242,9 +242,7 @@ def test_a_plan_of_another_model_is_refused(lenet: Path) -> None:
         ({"input": np.zeros((4, 28, 28), np.float32)}, "input"),
     ],
 )
-def test_data_that_does_not_fit_is_refused(
-    lenet: Path, data: dict[str, Any], message: str
-) -> None:
+def test_data_that_does_not_fit_is_refused(lenet: Path, data: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         prepare(lenet, data=data)
 
@@ -262,9 +260,7 @@ def test_weights_with_nan_are_refused(lenet: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
-    value = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"
-    ]
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:]
     )
@@ -312,9 +308,7 @@ def test_public_names_are_the_functions(lenet: Path) -> None:
     assert set(afpq.__all__) <= set(dir(afpq))
 
 
-def test_the_three_steps_of_the_readme(
-    lenet: Path, digits: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_three_steps_of_the_readme(lenet: Path, digits: dict[str, Any], tmp_path: Path) -> None:
     stats = afpq.calibrate(lenet, digits, limit=16)
     plan = afpq.search(lenet, stats, bits=4.5)
     model = afpq.quantize(lenet, plan, stats)
