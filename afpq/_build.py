@@ -16,7 +16,7 @@ from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._probe import Feeds, random_feeds
 from afpq.calibrate import Stats
-from afpq.correct import Correction, correct_biases, keep_if_better
+from afpq.correct import Correction, can_correct, correct_biases, keep_if_better
 from afpq.errors import ModelError, PlanError
 from afpq.evaluate import Comparison, compare
 from afpq.formats import AfpFormat
@@ -83,9 +83,10 @@ def file_size(job: Job, plan: Plan) -> int:
             )
     biases = {}
     if job.held_out is not None:
-        for layer in job.model.layers:
-            if layer.weight_name in tensors and layer.kind in ("matmul", "conv"):
-                biases[layer.name] = np.full(layer.n, np.pi, np.float32)
+        for number, layer in enumerate(job.model.layers, 1):
+            if layer.weight_name in tensors and can_correct(layer):
+                # Equal biases would be stored once: no two of these are.
+                biases[layer.name] = np.full(layer.n, np.pi * number, np.float32)
     graph = rewrite(job.model, plan, tensors, biases, activations=job.activations)
     total = _tensor_bytes(graph)
     return len(serialize(graph)) if total <= EXTERNAL_DATA_BYTES else total

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,8 +22,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
-from rich.text import Text
 
 from afpq.errors import AfpqError, PlanError
 
@@ -42,6 +43,7 @@ __all__ = [
     "print_line",
     "print_table",
     "read_plan",
+    "shorten_names",
     "threads_option",
 ]
 
@@ -49,7 +51,8 @@ REPORT_SUFFIXES = (".md", ".json")
 
 _SHOW_AFTER_S = 2.0  # faster stages show nothing on a terminal
 _REPEAT_S = 10.0  # off a terminal, a line at most this often inside a stage
-_WIDE = 200  # columns of a table that is piped into a file
+_GAP = "  "  # between columns
+_NARROWEST_NAME = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 json_option = click.option(
@@ -182,23 +185,38 @@ def print_json(value: object) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """A plain table: the first `left` columns are texts, the others numbers set to the right.
 
-    On a terminal it fits the width, long names fold; piped, nothing is cut.
+    On a terminal, names in the first column that do not fit are shortened to globs that match nothing else; piped,
+    nothing is cut.
     """
-    console = Console(
-        file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDE
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for i, name in enumerate(columns):
-        numeric = left <= i
-        table.add_column(
-            name,
-            justify="right" if numeric else "left",
-            overflow="fold",
-            no_wrap=numeric,
-        )
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if sys.stdout.isatty():
+        rest = sum(width + len(_GAP) for width in widths[1:])
+        room = max(shutil.get_terminal_size().columns - rest, _NARROWEST_NAME)
+        if widths[0] > room:
+            short = shorten_names([row[0] for row in rows], room)
+            rows = [(name, *row[1:]) for name, row in zip(short, rows, strict=True)]
+            widths[0] = max(map(len, [columns[0], *short]))
+    for number, row in enumerate((columns, *rows)):
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        line = _GAP.join(cells).rstrip()
+        click.echo(click.style(line, bold=True) if number == 0 else line)
+
+
+def shorten_names(names: Sequence[str], width: int) -> list[str]:
+    """Names of at most `width` characters: `*` in place of the middle, where that still matches one name only."""
+    return [name if len(name) <= width else _shorten(name, names, width) for name in names]
+
+
+def _shorten(name: str, names: Sequence[str], width: int) -> str:
+    for head in range(width // 3, -1, -1):
+        tail = width - 1 - head
+        glob = f"{glob_escape(name[:head])}*{glob_escape(name[len(name) - tail :])}"
+        if len(glob) <= width and {n for n in names if fnmatchcase(n, glob)} == {name}:
+            return glob
+    return name
 
 
 class StageProgress:

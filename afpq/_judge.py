@@ -23,7 +23,10 @@ R = TypeVar("R")
 OBJECTIVES = ("auto", "kl", "squared_error")
 
 _BATCH = 4  # more takes more memory for activations, not less time on one thread
-_REFERENCE_BYTES = 256 << 20
+# What is kept of feeds and outputs. A language model has outputs so large that comparing them takes longer than running
+# it, and every one of its tokens is a sample.
+_KEPT_BYTES = 256 << 20
+_OUTPUT_BYTES = 16 << 20
 _LOWEST_PROBABILITY = 1e-12
 # The loss of a network whose outputs are not finite any more: worse than anything, still a number to add up.
 WORST_LOSS = 1e6
@@ -57,7 +60,7 @@ class Judge:
         reference = float_model.simulate({})
         self._feeds: list[Mapping[str, Array]] = []
         self._references: list[list[Array]] = []
-        kept_bytes = 0
+        kept_bytes = output_bytes = 0
         self.num_samples = 0
         samples = data.take(max_samples) if max_samples < data.num_samples else data
         for feeds in samples.batches(_BATCH):
@@ -65,8 +68,11 @@ class Judge:
             self._feeds.append(feeds)
             self._references.append(outputs)
             self.num_samples += len(next(iter(feeds.values())))
-            kept_bytes += sum(a.nbytes for a in (*outputs, *feeds.values()))
-            if kept_bytes > _REFERENCE_BYTES or self.num_samples >= max_samples:
+            output_bytes += sum(a.nbytes for a in outputs)
+            kept_bytes += sum(a.nbytes for a in feeds.values())
+            if output_bytes > _OUTPUT_BYTES or kept_bytes > _KEPT_BYTES:
+                break
+            if self.num_samples >= max_samples:
                 break
         if not self._references:
             raise DataError("there are no samples to measure the network on")

@@ -8,9 +8,9 @@ import numpy as np
 
 __all__ = ["Sensitivity"]
 
-# Slopes of log(loss) against log(error) beyond the coarsest probe. Below the finest one the loss is quadratic in the
-# perturbation, so linear in the squared error: slope 1, whatever the noise of a small loss says.
-_SLOPES = (0.5, 2.0)
+# Slopes of log(loss) against log(error). Small perturbations have a loss that is linear in the squared error: slope 1
+# below the finest probe, whatever the noise of a small loss says. Beyond the coarsest one losses grow no slower.
+_SLOPES = (1.0, 2.0)
 _LOWEST_LOSS = 1e-12
 
 

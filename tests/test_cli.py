@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import onnx
 import pytest
 
 import afpq
-from afpq._cli_output import StageProgress, format_bytes, format_change, parse_size
+from afpq._cli_output import StageProgress, format_bytes, format_change, parse_size, shorten_names
 from afpq.cli import main
 
 COMMANDS = ["bench", "compare", "doctor", "formats", "inspect", "quantize", "report", "verify"]
@@ -557,6 +558,23 @@ def test_sizes_are_written() -> None:
     assert format_bytes(13_970_236) == "13,970,236 bytes (13.97 MB)"
     assert format_change(600, 100) == "600 -> 100 bytes, 6.00x smaller"
     assert format_change(100, 150) == "100 -> 150 bytes, 1.50x LARGER"
+
+
+def test_long_names_become_globs_that_match_nothing_else() -> None:
+    names = [f"/encoder/layer.{i}/attention/{part}/MatMul" for i in (1, 2, 11) for part in "qkv"]
+
+    short = shorten_names([*names, "conv"], 24)
+
+    assert short[-1] == "conv"
+    for name, glob in zip(names, short, strict=False):
+        assert len(glob) <= 24 and fnmatchcase(name, glob)
+        assert sum(fnmatchcase(other, glob) for other in names) == 1
+
+
+def test_names_that_cannot_be_shortened_stay_whole() -> None:
+    names = ["a" * 30 + "x" + "b" * 30, "a" * 30 + "y" + "b" * 30]
+
+    assert shorten_names(names, 20) == names
 
 
 class Terminal:
