@@ -1,9 +1,11 @@
 """From a plan to a packed graph: encode the weights, correct the biases, rewrite; and what a report needs to know."""
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._probe import Feeds, random_feeds
 from afpq.calibrate import Stats
-from afpq.correct import Correction, can_correct, correct_biases, keep_if_better
+from afpq.compensate import Choice, compensate
+from afpq.correct import can_correct, correct_biases
 from afpq.errors import ModelError, PlanError
 from afpq.evaluate import Comparison, compare
 from afpq.formats import AfpFormat
@@ -27,9 +30,14 @@ from afpq.plan import Plan, PlanEntry
 from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
 from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
-from afpq.runtime import session
+from afpq.runtime import FloatModel, session
 
 __all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file"]
+
+# Ways to round and correct; the first of equal ones is kept.
+NEAREST = "nearest rounding"
+BIAS_CORRECTION = "bias correction"
+COMPENSATION = "compensated rounding"
 
 _SMALLEST = AfpFormat(0, 1)
 
@@ -55,17 +63,38 @@ def build_graph(
     )
     if stats is None:
         return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
-    decoded = {name: tensor.decode() for name, tensor in tensors.items()}
-    biases = correct_biases(job.model.layers, stats, decoded)
     if job.held_out is None:  # nothing to prove a correction on
         return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
-    trial = _Trial(job, plan, tensors, progress)
-    correction = keep_if_better(biases, trial.loss)
-    return trial.graphs[correction.kept], replace(
+    decoded = {name: tensor.decode() for name, tensor in tensors.items()}
+    biases = correct_biases(job.model.layers, stats, decoded)
+    ways = {NEAREST: _Way(tensors, {}, sqnr), BIAS_CORRECTION: _Way(tensors, biases, sqnr)}
+    if job.fit is not None:
+        compensated, new_biases, new_sqnr = compensate(
+            FloatModel(job.model, threads=1),
+            job.fit,
+            {
+                e.weight_name: Choice(e.format, e.kind, e.granularity)
+                for e in plan.entries
+                if e.format is not None
+            },
+            tensors,
+            biases,
+            num_threads=job.threads or os.cpu_count() or 1,
+            progress=lambda done, total: progress("compensate", done, total),
+        )
+        ways[COMPENSATION] = _Way(compensated, new_biases, {**sqnr, **new_sqnr})
+    trials = _try_all(job, plan, ways, progress)
+    kept = min(trials, key=lambda name: trials[name].loss)
+    return trials[kept].graph, replace(
         facts,
-        correction=_correction_facts(correction, biases, job),
+        layers=layer_facts(plan.entries, ways[kept].sqnr),
+        correction={
+            "kept": kept,
+            "held_out_samples": job.held_out.num_samples,
+            "losses": {name: trial.loss for name, trial in trials.items()},
+        },
         accuracy=accuracy_facts(
-            trial.comparisons[correction.kept].to_dict(),
+            trials[kept].comparison.to_dict(),
             f"{job.data_name} (held out of calibration and search)",
         ),
     )
@@ -158,38 +187,46 @@ def try_file(path: Path, probe: Feeds | None) -> dict[str, Any]:
     return {"loaded": True, "run_once": "on made-up inputs" if probe is None else "on a sample"}
 
 
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """What one way of rounding and correcting makes of a plan."""
+
+    tensors: Mapping[str, PackedTensor]
+    biases: Biases
+    sqnr: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
 class _Trial:
-    """The packed network with and without corrected biases, on held-out samples, as onnxruntime runs it."""
+    """A packed network on the held-out samples, as onnxruntime runs it."""
 
-    def __init__(
-        self, job: Job, plan: Plan, tensors: Mapping[str, PackedTensor], progress: Progress
-    ) -> None:
-        self.graphs: dict[bool, ir.Model] = {}  # by whether biases are corrected
-        self.comparisons: dict[bool, Comparison] = {}
-        self._job, self._plan, self._tensors, self._progress = job, plan, tensors, progress
-        # One thread: what is kept must not depend on how sums are split.
-        self._reference = session(job.model.path, threads=1, ops=False)
+    graph: ir.Model
+    comparison: Comparison
+    loss: float
 
-    def loss(self, biases: Biases) -> float:
-        assert self._job.held_out is not None
-        key = bool(biases)
-        graph = rewrite(
-            self._job.model,
-            self._plan,
-            self._tensors,
-            biases,
-            activations=self._job.activations,
-        )
-        done, total = len(self.graphs), 2 * self._job.held_out.num_samples
-        first = done * self._job.held_out.num_samples
-        self.graphs[key] = graph
-        self.comparisons[key] = compare(
-            self._reference,
+
+def _try_all(
+    job: Job, plan: Plan, ways: Mapping[str, _Way], progress: Progress
+) -> dict[str, _Trial]:
+    assert job.held_out is not None
+    # One thread: what is kept must not depend on how sums are split.
+    reference = session(job.model.path, threads=1, ops=False)
+    count = job.held_out.num_samples
+    trials: dict[str, _Trial] = {}
+    for name, way in ways.items():
+        graph = rewrite(job.model, plan, way.tensors, way.biases, activations=job.activations)
+        comparison = compare(
+            reference,
             session_of(graph, 1),
-            self._job.held_out,
-            progress=lambda _, count, __: self._progress("correct", first + count, total),
+            job.held_out,
+            progress=partial(_report_trial, progress, len(trials) * count, len(ways) * count),
         )
-        return _loss(self.comparisons[key])
+        trials[name] = _Trial(graph, comparison, _loss(comparison))
+    return trials
+
+
+def _report_trial(progress: Progress, before: int, total: int, _: str, done: int, __: int) -> None:
+    progress("prove", before + done, total)
 
 
 def _encode(
@@ -280,15 +317,4 @@ def _calibration_facts(job: Job, stats: Stats | None) -> dict[str, Any] | None:
         if job.fit is None or job.fit.preprocess is None
         else str(job.fit.preprocess),
         "data_hash": stats.data_hash,
-    }
-
-
-def _correction_facts(correction: Correction, biases: Biases, job: Job) -> dict[str, Any]:
-    assert job.held_out is not None
-    return {
-        "kept": correction.kept,
-        "layers": len(biases),
-        "held_out_samples": job.held_out.num_samples,
-        "loss_without": correction.loss_before,
-        "loss_with": correction.loss_after,
     }

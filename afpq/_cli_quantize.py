@@ -296,11 +296,8 @@ def _print_facts(result: "QuantizedModel") -> None:
         count = sum(e["remark"] == remark for e in summary["layers"])
         print_line(f"{count} of {len(summary['layers'])} layers: {remark}")
     if facts.correction is not None:
-        kept = "kept" if facts.correction["kept"] else "not kept: it does not help"
-        print_line(
-            f"bias correction {kept} (held-out loss {facts.correction['loss_without']:.3g} -> "
-            f"{facts.correction['loss_with']:.3g})"
-        )
+        losses = ", ".join(f"{n} {x:.3g}" for n, x in facts.correction["losses"].items())
+        print_line(f"kept {facts.correction['kept']} (held-out loss: {losses})")
     if facts.accuracy is not None:
         print_line(f"against the float model on {facts.accuracy['num_samples']} held-out samples:")
         for output in facts.accuracy["outputs"]:

@@ -22,6 +22,16 @@ def encode_rows(
     scales: npt.NDArray[np.float32],
     num_threads: int = 1,
 ) -> npt.NDArray[np.uint8]: ...
+def round_compensated(
+    target: npt.NDArray[np.float32],
+    second: npt.NDArray[np.float32],
+    feedback: npt.NDArray[np.float32],
+    format: str,
+    kind: str,
+    scales: npt.NDArray[np.float32],
+    num_refits: int,
+    num_threads: int = 1,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float64]]: ...
 
 # drivers, for tests
 def unpack(

@@ -56,7 +56,7 @@ class Judge:
         objective: str = "auto",
         max_samples: int = 64,
     ) -> None:
-        self._float_model = float_model
+        self.network = float_model
         reference = float_model.simulate({})
         self._feeds: list[Mapping[str, Array]] = []
         self._references: list[list[Array]] = []
@@ -80,7 +80,7 @@ class Judge:
 
     def loss(self, weights: Weights, biases: Weights | None = None) -> float:
         """The loss of the float network with these weights (by weight_name) and biases (by layer name)."""
-        return self.loss_of(self._float_model.simulate(weights, biases))
+        return self.loss_of(self.network.simulate(weights, biases))
 
     def loss_of(self, network: Simulation) -> float:
         """The loss of anything that runs the same feeds to the same outputs."""

@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ConvSpec", "Layer", "Skipped", "TensorInfo", "conv_matrix", "original_layout"]
+__all__ = [
+    "ConvExtent",
+    "ConvSpec",
+    "Layer",
+    "Skipped",
+    "TensorInfo",
+    "conv_extent",
+    "conv_matrix",
+    "original_layout",
+]
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,15 @@ class ConvSpec:
     pads: tuple[int, ...]
     dilations: tuple[int, ...]
     auto_pad: str = "NOTSET"
+
+
+@dataclass(frozen=True)
+class ConvExtent:
+    """One spatial axis of a convolution: its output positions, and the zeros before and after the input."""
+
+    positions: int
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +113,20 @@ class Skipped:
     op_type: str
     reason: str
     num_weights: int
+
+
+def conv_extent(size: int, conv: ConvSpec, axis: int) -> ConvExtent:
+    """What a convolution does along spatial axis `axis` of an input that has `size` elements there."""
+    stride = conv.strides[axis]
+    reach = (conv.kernel_shape[axis] - 1) * conv.dilations[axis] + 1
+    begin, end = conv.pads[axis], conv.pads[axis + len(conv.kernel_shape)]
+    if conv.auto_pad == "VALID":
+        begin = end = 0
+    elif conv.auto_pad.startswith("SAME"):
+        needed = max((-(-size // stride) - 1) * stride + reach - size, 0)
+        begin = needed - needed // 2 if conv.auto_pad == "SAME_LOWER" else needed // 2
+        end = needed - begin
+    return ConvExtent(max((size + begin + end - reach) // stride + 1, 0), begin, end)
 
 
 def conv_matrix(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from afpq._feeds import Feed
+from afpq._layer import conv_extent
 from afpq._sources import load_npz
 from afpq.data import Data, open_data
 from afpq.errors import DataError
@@ -346,15 +347,8 @@ def _sum_slices(array: Floats, axis: int, slices: list[slice]) -> Floats:
 def _tap_slices(size: int, conv: ConvSpec, axis: int) -> tuple[int, list[slice]]:
     """How many output positions an axis has, and the elements that each tap meets inside the input."""
     stride, dilation = conv.strides[axis], conv.dilations[axis]
-    reach = (conv.kernel_shape[axis] - 1) * dilation + 1
-    begin, end = conv.pads[axis], conv.pads[axis + len(conv.kernel_shape)]
-    if conv.auto_pad == "VALID":
-        begin = end = 0
-    elif conv.auto_pad.startswith("SAME"):
-        needed = max((-(-size // stride) - 1) * stride + reach - size, 0)
-        begin = needed - needed // 2 if conv.auto_pad == "SAME_LOWER" else needed // 2
-        end = needed - begin
-    positions = max((size + begin + end - reach) // stride + 1, 0)
+    extent = conv_extent(size, conv, axis)
+    positions, begin = extent.positions, extent.begin
     slices = []
     for tap in range(conv.kernel_shape[axis]):
         offset = tap * dilation - begin  # position p meets element p * stride + offset

@@ -1,11 +1,10 @@
 """Per-channel bias correction: takes the mean error that quantized weights cause out of a layer's bias.
 
 The input's mean is known from calibration, so the correction is analytic. It removes the expected error of one layer on
-its own; whether the network as a whole gains is measured, and `keep_if_better` drops it where it does not.
+its own; whether the network as a whole gains is measured when a model is built, on samples held out for that.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -14,22 +13,7 @@ from afpq.calibrate import Stats, TensorStats
 from afpq.errors import PlanError
 from afpq.graph import Layer
 
-__all__ = ["Correction", "can_correct", "correct_bias", "correct_biases", "keep_if_better"]
-
-Biases = Mapping[str, npt.NDArray[np.float32]]
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """The biases to use (by layer name; empty if the correction does not help) and the losses that decided it."""
-
-    biases: Biases = field(repr=False)
-    loss_before: float
-    loss_after: float
-
-    @property
-    def kept(self) -> bool:
-        return bool(self.biases)
+__all__ = ["can_correct", "correct_bias", "correct_biases"]
 
 
 def can_correct(layer: Layer) -> bool:
@@ -76,16 +60,3 @@ def correct_biases(
         for layer in layers
         if can_correct(layer) and layer.weight_name in quantized and layer.name in stats
     }
-
-
-def keep_if_better(biases: Biases, measure: Callable[[Biases], float]) -> Correction:
-    """Measures the network with its own biases and with these, and keeps these only if the loss falls.
-
-    `measure` takes biases by layer name (none: the network's own) and should judge on data that the statistics have not
-    seen.
-    """
-    before = measure({})
-    if not biases:
-        return Correction({}, before, before)
-    after = measure(biases)
-    return Correction(biases if after < before else {}, before, after)

@@ -1,4 +1,4 @@
-"""From a float model to a packed one: check, calibrate, search, encode, correct, rewrite.
+"""From a float model to a packed one: check, calibrate, search, encode, compensate, rewrite.
 
 `quantize` does all; `prepare`, `find_plan` and `build` are its steps, for callers that stop in between. Every input is
 checked in `prepare`, before the first heavy step. Nothing is written before `QuantizedModel.save`, which loads and runs
@@ -126,8 +126,8 @@ def quantize(
 ) -> QuantizedModel:
     """Quantizes a model under a budget (5 bits per weight if none is given), or as a plan says.
 
-    With `data` the formats are chosen by measured sensitivity and biases are corrected; a quarter of the samples is
-    held out to prove the corrections. `stats` spares the calibration. Without both, formats follow from weight error
+    With `data` the formats are chosen by measured sensitivity and rounding is compensated; a quarter of the samples is
+    held out to prove that it helps. `stats` spares the calibration. Without both, formats follow from weight error
     alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is.
 
     Raises:
@@ -205,7 +205,7 @@ def find_plan(
 def build(
     job: Job, plan: Plan, stats: Stats | None = None, *, progress: Progress | None = None
 ) -> QuantizedModel:
-    """Encodes the weights as the plan says, corrects biases if that helps, and rewrites the graph."""
+    """Encodes the weights as the plan says, compensates what rounding lost if that helps, and rewrites the graph."""
     packed, facts = build_graph(job, plan, stats, progress or _silent)
     probe = None if job.fit is None else next(job.fit.batches(1))
     return QuantizedModel(packed, plan, facts, probe=probe)

@@ -330,7 +330,11 @@ def _calibration(report: Mapping[str, Any]) -> str:
     text = "## Calibration\n\n" + _table(("", ""), _pairs(calibration))
     if correction is None:
         return text
-    return text + "\n\n### Bias correction\n\n" + _table(("", ""), _pairs(correction))
+    rows = [(name, f"{loss:.4g}") for name, loss in correction["losses"].items()]
+    return (
+        f"{text}\n\n### Correction\n\nKept: {correction['kept']}, the best on "
+        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}"
+    )
 
 
 def _provenance(report: Mapping[str, Any]) -> str:

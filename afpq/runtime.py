@@ -115,13 +115,25 @@ class FloatModel:
         self,
         weights: Mapping[str, npt.NDArray[np.float32]],
         biases: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        *,
+        fetch: Sequence[str] | None = None,
+        given: Mapping[str, Array] | None = None,
     ) -> "Simulation":
         """The float network with other weights ([n, k] by weight_name) and biases ([n] by layer name).
+
+        It computes the tensors called `fetch`, the model's outputs if None, and only what these need. Tensors called
+        `given` are fed like inputs instead of being computed; their values here only tell type and rank.
 
         Raises:
             ModelError: a name or a shape is not one of the model's, or a bias goes to a gather or unpack layer.
         """
-        graph = self._biased if biases else self._plain
+        outputs = self._outputs if fetch is None else tuple(fetch)
+        if fetch is not None or given:
+            graph = _Graph(
+                self.model, fetch=outputs, given=given or {}, slots=True, biases=bool(biases)
+            )
+        else:
+            graph = self._biased if biases else self._plain
         tensors = self.model.tensors()
         for name, weight in weights.items():
             if name not in tensors:
@@ -142,7 +154,7 @@ class FloatModel:
             if bias.size != np.prod(shape, dtype=np.int64):
                 raise ModelError(f"bias of {name!r} has shape {shape}, got {bias.shape}")
             changed[slot] = np.ascontiguousarray(bias, dtype).reshape(shape)
-        return self._start(graph, self._outputs, changed)
+        return self._start(graph, outputs, changed)
 
     def _session(self, fetch: tuple[str, ...]) -> "Simulation":
         if fetch in self._sessions:
@@ -217,6 +229,7 @@ class _Graph:
         model: Model,
         *,
         fetch: tuple[str, ...] | None = None,
+        given: Mapping[str, Array] | None = None,
         slots: bool = False,
         biases: bool = False,
     ) -> None:
@@ -232,6 +245,8 @@ class _Graph:
                     self._add_bias_slot(layer)
         if slots:
             self._add_weight_slots(model.layers)
+        for name, example in (given or {}).items():
+            _make_input(model, clone.graph, name, example)
         if fetch is not None:
             _set_outputs(model, clone.graph, fetch)
         self._take_out_constants()
@@ -316,6 +331,23 @@ class _Graph:
                     shape=ir.Shape(array.shape),
                     name=name,
                 )
+
+
+def _make_input(model: Model, graph: ir.Graph, name: str, example: Array) -> None:
+    """Feeds the tensor called `name` instead of computing it; an input of the model is one already."""
+    if any(value.name == name for value in graph.inputs):
+        return
+    computed = next((v for node in graph for v in node.outputs if v.name == name), None)
+    if computed is None:
+        raise ModelError(f"{model.path}: no tensor of the main graph is called {name!r}")
+    computed.name = f"{name}.computed"
+    fed = ir.val(
+        name,
+        dtype=ir.DataType.from_numpy(example.dtype),
+        shape=[f"{name}.{axis}" for axis in range(example.ndim)],
+    )
+    computed.replace_all_uses_with(fed)
+    graph.inputs.append(fed)
 
 
 def _set_outputs(model: Model, graph: ir.Graph, fetch: tuple[str, ...]) -> None:

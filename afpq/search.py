@@ -22,9 +22,10 @@ from afpq._candidates import (
 from afpq._judge import OBJECTIVES, Judge, Objective, choose_objective, in_threads
 from afpq._sensitivity import Sensitivity
 from afpq.calibrate import Stats
+from afpq.compensate import Choice, Rounded, probe
 from afpq.correct import correct_biases
 from afpq.data import Data, open_data
-from afpq.errors import PlanError
+from afpq.errors import DataError, PlanError
 from afpq.formats import AfpFormat
 from afpq.graph import Model, load_model
 from afpq.plan import Option, Plan, PlanEntry, allocate, match_names, read_format
@@ -51,6 +52,9 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 _MAX_WORKERS = 8  # each holds a network of its own
 DEFAULT_BITS = 5.0
+# Compensated rounding fits its samples: what it is worth is judged on this share of them, which it has not seen.
+_JUDGED = 1 / 3
+_MIN_SAMPLES_TO_SPLIT = 12
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def search(
         overrides: format by name or glob, such as {"conv1*": "e2m3"}, `float` to leave it alone; the last one wins.
         objective: `kl`, `squared_error`, or `auto`, which looks at the model's outputs.
         mode: `quick`, `default` or `best`: how many probes and samples.
-        correct: measure with the biases corrected (see `afpq.correct`), as the plan will be used.
+        correct: measure with compensated rounding and corrected biases, as the plan will be used.
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
 
@@ -155,29 +159,52 @@ def measure_sensitivity(
     *,
     widths: Sequence[int] = MODES["default"].widths,
     stats: Stats | None = None,
+    samples: Data | None = None,
     num_threads: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Sensitivity]:
     """Rounds one tensor at a time, at about `widths` bits, and measures the loss of the whole network.
 
-    With `stats` the biases of the tensor's layers are corrected meanwhile. Keys are weight names; the sensitivities are
-    functions of a candidate's `noise`.
+    With `samples` rounding is compensated where it can be; with `stats` the biases of other layers are corrected
+    meanwhile. Keys are weight names; the sensitivities are functions of a candidate's `noise`.
     """
-    tasks = [(t, c) for t in active for c in _probes(found[t.weight_name], widths)]
+    probes = {t.weight_name: _probes(found[t.weight_name], widths) for t in active}
+    tasks = [(t, number) for t in active for number in range(len(probes[t.weight_name]))]
+    compensated: dict[str, list[Rounded]] = {}
+    if samples is not None:
+        compensated = probe(
+            judge.network,
+            samples,
+            {
+                name: [Choice(c.format, c.kind, c.granularity) for c in choices]
+                for name, choices in probes.items()
+            },
+            num_threads=num_threads,
+            progress=_stage(progress, "probes"),
+        )
 
-    def measure(task: tuple[Target, Candidate]) -> float:
-        target, candidate = task
-        weights = {target.weight_name: quantized_values(target, candidate, num_threads=1)}
+    def measure(task: tuple[Target, int]) -> float:
+        target, number = task
+        name = target.weight_name
+        if name in compensated:
+            rounded = compensated[name][number]
+            return judge.loss({name: rounded.values}, {target.names[0]: rounded.bias})
+        weights = {name: quantized_values(target, probes[name][number], num_threads=1)}
         biases = correct_biases(target.layers, stats, weights) if stats is not None else None
         return judge.loss(weights, biases)
 
-    report = None if progress is None else lambda done, total: progress("sensitivity", done, total)
+    report = _stage(progress, "sensitivity")
     points: dict[str, list[tuple[float, float]]] = {t.weight_name: [] for t in active}
-    for (target, candidate), loss in zip(
+    for (target, number), loss in zip(
         tasks, in_threads(measure, tasks, num_threads, report), strict=True
     ):
-        points[target.weight_name].append((candidate.noise, loss))
+        name = target.weight_name
+        points[name].append((probes[name][number].noise, loss))
     return {name: Sensitivity.fit(p) for name, p in points.items()}
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _probes(choices: Sequence[Candidate], widths: Sequence[int]) -> list[Candidate]:
@@ -208,8 +235,9 @@ def _losses(
         name = "weight_error" if stats is None else "output_error"
         return {key: [c.noise for c in choices] for key, choices in found.items()}, name
     samples = data if isinstance(data, Data) else open_data(data, model.inputs)
+    fitted, judged = _split(samples) if correct else (None, samples)
     judge = Judge(
-        FloatModel(model, threads=1), samples, objective=objective, max_samples=mode.num_samples
+        FloatModel(model, threads=1), judged, objective=objective, max_samples=mode.num_samples
     )
     sensitivities = measure_sensitivity(
         judge,
@@ -217,6 +245,7 @@ def _losses(
         found,
         widths=mode.widths,
         stats=stats if correct else None,
+        samples=fitted,
         num_threads=min(threads, _MAX_WORKERS),
         progress=progress,
     )
@@ -224,6 +253,16 @@ def _losses(
         key: [sensitivities[key].loss(c.noise) for c in choices] for key, choices in found.items()
     }
     return losses, judge.objective.name
+
+
+def _split(samples: Data) -> tuple[Data | None, Data]:
+    """Samples to fit probes on, and others to judge them by; only the latter where there are too few."""
+    if samples.num_samples < _MIN_SAMPLES_TO_SPLIT:
+        return None, samples
+    try:
+        return samples.split(_JUDGED)
+    except DataError:
+        return None, samples
 
 
 def _choose(

@@ -92,7 +92,8 @@ def test_quantize_writes_and_states_the_bytes(
     assert code == 0
     last = captured.out.splitlines()[-1]
     assert last == f"{out}: {before:,} -> {after:,} bytes, {before / after:.2f}x smaller"
-    assert "bias correction" in captured.out and "agreement" in captured.out
+    assert "kept " in captured.out and "bias correction" in captured.out
+    assert "agreement" in captured.out
     assert "\x1b" not in captured.out + captured.err
     assert "calibrate: 24 done" in captured.err
     assert names(lenet.parent) == ["lenet.onnx", "out.onnx"]

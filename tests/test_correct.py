@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from afpq.calibrate import Stats, TensorStats
-from afpq.correct import can_correct, correct_bias, correct_biases, keep_if_better
+from afpq.correct import can_correct, correct_bias, correct_biases
 from afpq.errors import PlanError
 from afpq.formats import AfpFormat
 from afpq.graph import ConvSpec, Layer
@@ -92,21 +92,3 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         correct_bias(layer, make_stats(RNG.random((9, 1, 3))), np.zeros((4, 2), np.float32))
     with pytest.raises(PlanError, match=r"layer 'layer': input means \[3, 3\] do not fit"):
         correct_bias(layer, make_stats(RNG.random((9, 3, 3))), rounded(layer))
-
-
-@pytest.mark.parametrize("after, kept", [(0.5, True), (1.0, False), (2.0, False)])
-def test_a_correction_is_kept_only_if_the_network_gains(after: float, kept: bool) -> None:
-    biases = {"layer": np.ones(4, np.float32)}
-
-    result = keep_if_better(biases, lambda b: after if b else 1.0)
-
-    assert result.kept is kept
-    assert dict(result.biases) == (biases if kept else {})
-    assert (result.loss_before, result.loss_after) == (1.0, after)
-
-
-def test_nothing_to_correct_is_measured_once() -> None:
-    calls: list[int] = []
-    result = keep_if_better({}, lambda b: calls.append(len(b)) or 3.0)
-    assert calls == [0] and not result.kept
-    assert result.loss_before == result.loss_after == 3.0

@@ -82,9 +82,10 @@ def test_calibration_reports_held_out_samples_and_correction(
     assert facts.calibration is not None and facts.correction is not None
     assert facts.calibration["samples"] == 48
     assert facts.calibration["held_out_samples"] == 16
-    assert facts.correction["kept"] == (
-        facts.correction["loss_with"] < facts.correction["loss_without"]
-    )
+    losses = facts.correction["losses"]
+    assert set(losses) == {"nearest rounding", "bias correction", "compensated rounding"}
+    assert losses[facts.correction["kept"]] == min(losses.values())
+    assert losses["compensated rounding"] < losses["nearest rounding"] / 2
     assert facts.accuracy is not None and facts.accuracy["num_samples"] == 16
 
 

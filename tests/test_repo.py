@@ -25,6 +25,7 @@ LAYERS = (
     ("preprocess", "graph"),
     ("data", "runtime"),
     ("calibrate", "plan", "correct", "rewrite"),
+    ("compensate",),
     ("search",),
     ("bench", "doctor", "evaluate", "quantize", "report", "verify"),
     ("cli",),

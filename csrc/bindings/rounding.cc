@@ -4,11 +4,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "bindings/bindings.h"
+#include "core/compensate.h"
 #include "core/scale_search.h"
 
 namespace nb = nanobind;
@@ -101,6 +103,36 @@ nb::ndarray<nb::numpy, uint8_t> encode_rows(const Matrix& values, const std::str
   return codes;
 }
 
+nb::tuple round_compensated(const Matrix& target, const Matrix& second, const Matrix& feedback,
+                            const std::string& format, const std::string& kind,
+                            const Vector& scales, int num_refits, size_t num_threads) {
+  const size_t n = target.shape(0), k = target.shape(1);
+  const afpq::Format parsed = format_of(format);
+  const afpq::ScaleKind parsed_kind = kind_of(kind);
+  for (const Matrix* matrix : {&second, &feedback}) {
+    if (matrix->shape(0) != k || matrix->shape(1) != k) {
+      throw std::invalid_argument("moments [" + std::to_string(matrix->shape(0)) + ", " +
+                                  std::to_string(matrix->shape(1)) +
+                                  "] do not fit k = " + std::to_string(k));
+    }
+  }
+  if (scales.shape(0) != n) {
+    throw std::invalid_argument("got " + std::to_string(scales.shape(0)) + " scales for " +
+                                std::to_string(n) + " rows");
+  }
+  auto final_scales = take(new float[n], {n});
+  auto values = take(new float[n * k], {n, k});
+  auto errors = take(new double[n], {n});
+  std::copy(scales.data(), scales.data() + n, final_scales.data());
+  {
+    nb::gil_scoped_release release;
+    afpq::round_compensated(target.data(), n, {second.data(), feedback.data(), k}, parsed,
+                            parsed_kind, num_refits, num_threads, final_scales.data(),
+                            values.data(), errors.data());
+  }
+  return nb::make_tuple(values, final_scales, errors);
+}
+
 }  // namespace
 
 void bind_rounding(nb::module_& module) {
@@ -112,4 +144,8 @@ void bind_rounding(nb::module_& module) {
              "Weighted squared error of every row with given scales ([n] or [1]): float64 [n].");
   module.def("encode_rows", &encode_rows, "values"_a, "format"_a, "scales"_a, "num_threads"_a = 1,
              "Codes of the nearest values, as `formats.encode` finds them: uint8 [n, k].");
+  module.def("round_compensated", &round_compensated, "target"_a, "second"_a, "feedback"_a,
+             "format"_a, "kind"_a, "scales"_a, "num_refits"_a, "num_threads"_a = 1,
+             "Values [n, k], scales [n] and expected squared errors [n] of rounding that keeps the "
+             "products; see core/compensate.h.");
 }

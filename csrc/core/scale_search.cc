@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "core/for_rows.h"
 
 namespace afpq {
 namespace {
@@ -15,23 +15,6 @@ constexpr double kLargestFactor = 1.06;  // of max |w| / max I: a little above "
 constexpr double kGridStep = 0.955;      // ratio of neighbours on the grid
 constexpr double kFineStep = 0.9886;     // kGridStep^(1/4)
 constexpr int kFinePoints = 3;           // on either side of the best grid point
-
-// Rows are cut into one contiguous range per thread; `body(begin, end)` must not throw.
-template <typename Body>
-void for_rows(size_t n, size_t num_threads, const Body& body) {
-  const size_t workers = std::max<size_t>(1, std::min(num_threads, n));
-  std::vector<std::thread> threads;
-  for (size_t t = 1; t < workers; ++t) {
-    const size_t begin = n * t / workers, end = n * (t + 1) / workers;
-    try {
-      threads.emplace_back([&body, begin, end] { body(begin, end); });
-    } catch (const std::system_error&) {
-      body(begin, end);  // no thread to be had: the caller's does the work
-    }
-  }
-  body(0, n / workers);
-  for (std::thread& thread : threads) thread.join();
-}
 
 float float_of(uint32_t bits) {
   float value;
