@@ -31,7 +31,7 @@ from afpq.runtime import FloatModel
 
 __all__ = ["Choice", "Rounded", "compensate", "probe", "round_layer"]
 
-# What is added to the diagonal of H, in units of its mean: enough for inputs that a few hundred samples hardly vary.
+# What is added to the diagonal of H, in units of its mean; more where there are few rows for each unknown.
 _DAMPING = 0.1
 _MAX_REFITS = 4
 # A few hundred samples say all that moments can say; more would only take time.
@@ -67,10 +67,11 @@ def round_layer(layer: Layer, moments: Moments, choice: Choice, *, num_threads: 
     weight = layer.weight.reshape(groups, -1, k).astype(np.float64)
     values = np.empty(weight.shape, np.float32)
     common = _common_scale(layer, moments, choice) if choice.granularity == "per_tensor" else None
+    strength = _DAMPING + k / moments.count
     scales, noise, signal = [], 0.0, 0.0
     for g in range(groups):
         covariance = moments.covariance[g]
-        damping = _DAMPING * float(covariance.trace()) / k or 1.0
+        damping = strength * float(covariance.trace()) / k or 1.0
         damped = covariance + damping * np.eye(k)
         target = linalg.cho_solve(
             linalg.cho_factor(damped, lower=True), (moments.cross[g] + damping * weight[g]).T

@@ -70,8 +70,8 @@ def test_correlated_inputs_lose_a_fraction_of_nearest_rounding(text: str) -> Non
 @pytest.mark.parametrize("seed", range(4))
 def test_rounding_comes_close_to_the_best_codes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Against all 5^5 choices of a row, at the scale that was found."""
-    monkeypatch.setattr(MODULE, "_DAMPING", 1e-6)
-    layer, rows, fmt = dense(6, 5, seed=seed), correlated(500, 5, seed), AfpFormat(2, 0)
+    monkeypatch.setattr(MODULE, "_DAMPING", 0.0)
+    layer, rows, fmt = dense(6, 5, seed=seed), correlated(5000, 5, seed), AfpFormat(2, 0)
 
     rounded = round_layer(layer, moments(layer, rows), Choice(fmt))
 
