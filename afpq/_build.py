@@ -31,6 +31,7 @@ from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
 from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import FloatModel, session
+from afpq.search import MODES
 
 __all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file"]
 
@@ -68,7 +69,7 @@ def build_graph(
     decoded = {name: tensor.decode() for name, tensor in tensors.items()}
     biases = correct_biases(job.model.layers, stats, decoded)
     ways = {NEAREST: _Way(tensors, {}, sqnr), BIAS_CORRECTION: _Way(tensors, biases, sqnr)}
-    if job.fit is not None:
+    if job.fit is not None and MODES[job.mode].compensated:
         compensated, new_biases, new_sqnr = compensate(
             FloatModel(job.model, threads=1),
             job.fit,

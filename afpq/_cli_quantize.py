@@ -90,6 +90,12 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     help="Exponent bias: any scale (default), or powers of two.",
 )
 @click.option(
+    "--mode",
+    type=click.Choice(["quick", "default", "best"]),
+    default="default",
+    help="Work to do with --calib: nearest rounding (quick), compensated rounding, more probes (best).",
+)
+@click.option(
     "--plan",
     "plan_file",
     type=_FILE,
@@ -128,7 +134,7 @@ def quantize(model: Path, **options: Any) -> int:
     """Write a packed model: every layer in a small float format of its own.
 
     Names for globs are shown by `afpq inspect MODEL`. With --calib, formats are chosen by measured sensitivity and
-    biases are corrected; without it, by weight error alone.
+    rounding is compensated; without it, by weight error alone.
     """
     return _quantize(model, _Options(**options))
 
@@ -145,6 +151,7 @@ class _Options:
     samples: int | None
     activations: str
     kind: str
+    mode: str
     plan_file: Path | None
     save_plan: Path | None
     include: tuple[str, ...]
@@ -174,6 +181,7 @@ def _quantize(model: Path, options: _Options) -> int:
         samples=options.samples,
         activations=options.activations,
         kind=options.kind,
+        mode=options.mode,
         include=options.include,
         exclude=options.exclude,
         overrides=options.overrides,

@@ -11,6 +11,7 @@ from afpq.errors import DataError, ModelError, PlanError
 from afpq.graph import Model, load_model
 from afpq.plan import Plan, check_plan, match_names
 from afpq.runtime import FloatModel
+from afpq.search import MODES
 
 __all__ = ["DEFAULT_BITS", "Job", "float_tensors", "prepare"]
 
@@ -38,6 +39,7 @@ class Job:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
+    mode: str = "default"
     seed: int = 0
     threads: int = 0
 
@@ -63,11 +65,12 @@ def prepare(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
+    mode: str = "default",
     seed: int = 0,
     threads: int = 0,
 ) -> Job:
     """Reads and checks everything that a run needs; see `quantize`."""
-    _check_choices(plan, bits, size, activations, kind)
+    _check_choices(plan, bits, size, activations, kind, mode)
     loaded = model if isinstance(model, Model) else load_model(model)
     if not loaded.layers:
         raise ModelError(f"{loaded.path}: nothing to quantize{_first_reason(loaded)}")
@@ -81,6 +84,7 @@ def prepare(
         include=tuple(include),
         exclude=tuple(exclude),
         overrides=dict(overrides or {}),
+        mode=mode,
         seed=seed,
         threads=threads,
     )
@@ -95,7 +99,12 @@ def prepare(
 
 
 def _check_choices(
-    plan: Plan | None, bits: float | None, size: int | None, activations: str, kind: str
+    plan: Plan | None,
+    bits: float | None,
+    size: int | None,
+    activations: str,
+    kind: str,
+    mode: str,
 ) -> None:
     if sum(x is not None for x in (plan, bits, size)) > 1:
         raise PlanError("give one of plan, bits and size: each decides how large the model gets")
@@ -107,6 +116,8 @@ def _check_choices(
         raise PlanError(f"activations {activations!r} is not one of {', '.join(ACTIVATIONS)}")
     if kind not in KINDS:
         raise PlanError(f"exponent bias kind {kind!r} is not one of {', '.join(KINDS)}")
+    if mode not in MODES:
+        raise PlanError(f"mode {mode!r} is not one of {', '.join(MODES)}")
 
 
 def _check_names(job: Job) -> None:

@@ -120,6 +120,7 @@ def quantize(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
+    mode: str = "default",
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -127,7 +128,8 @@ def quantize(
     """Quantizes a model under a budget (5 bits per weight if none is given), or as a plan says.
 
     With `data` the formats are chosen by measured sensitivity and rounding is compensated; a quarter of the samples is
-    held out to prove that it helps. `stats` spares the calibration. Without both, formats follow from weight error
+    held out to prove that it helps. `mode` says how much work that is: `quick` rounds to nearest and corrects biases,
+    `best` measures more than `default`. `stats` spares the calibration. Without both, formats follow from weight error
     alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is.
 
     Raises:
@@ -148,6 +150,7 @@ def quantize(
         include=include,
         exclude=exclude,
         overrides=overrides,
+        mode=mode,
         seed=seed,
         threads=threads,
     )
@@ -196,6 +199,7 @@ def find_plan(
         include=job.include,
         exclude=job.exclude,
         overrides=job.overrides,
+        mode=job.mode,
         threads=job.threads,
         progress=progress,
     )

@@ -59,16 +59,17 @@ _MIN_SAMPLES_TO_SPLIT = 12
 
 @dataclass(frozen=True)
 class Mode:
-    """How much is measured: the widths that every layer is probed at, and on how many samples."""
+    """How much is done: the widths that every layer is probed at, on how many samples, and how weights are rounded."""
 
     widths: tuple[int, ...]
     num_samples: int
+    compensated: bool = True
 
 
 # The loss of one layer is close to linear in its error, and what one rounding does to it varies by a third: a few
 # probes tell as much as all widths. At two bits layers collapse, which says nothing about the wider formats.
 MODES = {
-    "quick": Mode((4,), 32),
+    "quick": Mode((4,), 32, compensated=False),
     "default": Mode((3, 5), 64),
     "best": Mode((3, 4, 5, 7), 128),
 }
@@ -106,7 +107,7 @@ def search(
         exclude: names or globs of layers that stay float.
         overrides: format by name or glob, such as {"conv1*": "e2m3"}, `float` to leave it alone; the last one wins.
         objective: `kl`, `squared_error`, or `auto`, which looks at the model's outputs.
-        mode: `quick`, `default` or `best`: how many probes and samples.
+        mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes on more samples).
         correct: measure with compensated rounding and corrected biases, as the plan will be used.
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
@@ -235,7 +236,7 @@ def _losses(
         name = "weight_error" if stats is None else "output_error"
         return {key: [c.noise for c in choices] for key, choices in found.items()}, name
     samples = data if isinstance(data, Data) else open_data(data, model.inputs)
-    fitted, judged = _split(samples) if correct else (None, samples)
+    fitted, judged = _split(samples) if correct and mode.compensated else (None, samples)
     judge = Judge(
         FloatModel(model, threads=1), judged, objective=objective, max_samples=mode.num_samples
     )

@@ -89,6 +89,18 @@ def test_calibration_reports_held_out_samples_and_correction(
     assert facts.accuracy is not None and facts.accuracy["num_samples"] == 16
 
 
+def test_quick_mode_rounds_to_nearest(lenet: Path, digits: dict[str, Any]) -> None:
+    model = quantize(lenet, data=digits, bits=4, samples=64, mode="quick")
+
+    assert model.facts.correction is not None
+    assert set(model.facts.correction["losses"]) == {"nearest rounding", "bias correction"}
+
+
+def test_an_unknown_mode_is_refused(lenet: Path) -> None:
+    with pytest.raises(PlanError, match="mode 'slow' is not one of quick, default, best"):
+        prepare(lenet, mode="slow")
+
+
 def test_packed_network_agrees_with_the_float_one(
     lenet: Path, calibrated: afpq.QuantizedModel
 ) -> None:

@@ -121,6 +121,25 @@ def test_simulated_names_and_shapes_are_checked(chain):
         model.simulate({}, {"matmul_m": constant(11)})
 
 
+def test_a_simulation_computes_what_is_fetched_from_what_is_given(chain):
+    model = FloatModel(chain)
+    zero = np.zeros((10, 12), np.float32)
+    inner = chain.layers[1].input_name
+    first, output = model.run(FEEDS, [inner, chain.outputs[0].name])
+
+    fetched = model.simulate({"w": zero}, fetch=[inner]).run(FEEDS)[0]
+    assert not np.array_equal(fetched, first)
+
+    # The first layer does not count any more: its output is given.
+    given = model.simulate(
+        {"w": zero}, fetch=[chain.outputs[0].name], given={**FEEDS, inner: first}
+    )
+    np.testing.assert_array_equal(given.run({inner: first})[0], output)
+    assert not np.array_equal(given.run({inner: 2 * first})[0], output)
+    with pytest.raises(ModelError, match="no tensor of the main graph is called 'z'"):
+        model.simulate({}, fetch=[inner], given={"z": first})
+
+
 def test_feeds_that_do_not_fit_are_model_errors(chain):
     with pytest.raises(ModelError, match="onnxruntime cannot run the float model"):
         FloatModel(chain).run({"x": constant(3, 11)})
