@@ -1,9 +1,9 @@
 #include "core/compensate.h"
 
 #include <cmath>
-#include <cstring>
 #include <vector>
 
+#include "core/float_bits.h"
 #include "core/for_rows.h"
 
 namespace afpq {
@@ -13,18 +13,6 @@ namespace {
 // number of H is loaded once for all of them.
 constexpr size_t kLanes = 16;
 constexpr int kMaxSweeps = 8;  // descent converges in three or four
-
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 // One float for each row of a block.
 struct Lanes {

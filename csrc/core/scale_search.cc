@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
+#include "core/float_bits.h"
 #include "core/for_rows.h"
 
 namespace afpq {
@@ -15,18 +15,6 @@ constexpr double kLargestFactor = 1.06;  // of max |w| / max I: a little above "
 constexpr double kGridStep = 0.955;      // ratio of neighbours on the grid
 constexpr double kFineStep = 0.9886;     // kGridStep^(1/4)
 constexpr int kFinePoints = 3;           // on either side of the best grid point
-
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 // The code of the nearest magnitude to `ratio` = |x| / scale, ties to the even code. With q = 2^j
 // the spacing of the binade of `ratio` (1 among the subnormals), the code below is (j << M) +
