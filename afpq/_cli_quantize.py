@@ -320,7 +320,7 @@ def _numbers(output: dict[str, Any]) -> str:
     if output["agreement"] is not None:
         parts.append(f"agreement {100 * output['agreement']:.1f} %")
     if output["kl"] is not None:
-        parts.append(f"KL {output['kl']:.4f}")
+        parts.append(f"KL {output['kl']:.3g}")
     if output["cosine"] is not None:
         parts.append(f"cosine {output['cosine']:.4f}")
     if output["sqnr_db"] is not None:
