@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -81,6 +81,16 @@ class Judge:
     def loss(self, weights: Weights, biases: Weights | None = None) -> float:
         """The loss of the float network with these weights (by weight_name) and biases (by layer name)."""
         return self.loss_of(self.network.simulate(weights, biases))
+
+    def losses(self, weights: Weights, biases: Weights | None = None) -> tuple[float, float]:
+        """As `loss`, and beside it the relative squared error of the same outputs."""
+        network = self.network.simulate(weights, biases)
+        pairs = [
+            (ref, network.run(feeds))
+            for feeds, ref in zip(self._feeds, self._references, strict=True)
+        ]
+        squared = replace(self.objective, name="squared_error")
+        return divergence(self.objective, pairs), divergence(squared, pairs)
 
     def loss_of(self, network: Simulation) -> float:
         """The loss of anything that runs the same feeds to the same outputs."""

@@ -111,7 +111,8 @@ class Plan:
     @property
     def predicted_loss(self) -> float | None:
         """Sum over the entries; None when one is not known."""
-        losses = [e.predicted_loss for e in self.entries if e.format is not None]
+        # Of what is written: a plan that was read has the same sum, and so the same hash.
+        losses = [_rounded(e.predicted_loss) for e in self.entries if e.format is not None]
         known = [x for x in losses if x is not None]
         return sum(known) if len(known) == len(losses) else None
 

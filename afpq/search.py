@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from afpq._candidates import (
     DEFAULT_FORMATS,
     Candidate,
@@ -184,24 +186,37 @@ def measure_sensitivity(
             progress=_stage(progress, "probes"),
         )
 
-    def measure(task: tuple[Target, int]) -> float:
+    def measure(task: tuple[Target, int]) -> tuple[float, float]:
         target, number = task
         name = target.weight_name
         if name in compensated:
             rounded = compensated[name][number]
-            return judge.loss({name: rounded.values}, {target.names[0]: rounded.bias})
+            return judge.losses({name: rounded.values}, {target.names[0]: rounded.bias})
         weights = {name: quantized_values(target, probes[name][number], num_threads=1)}
         biases = correct_biases(target.layers, stats, weights) if stats is not None else None
-        return judge.loss(weights, biases)
+        return judge.losses(weights, biases)
 
     report = _stage(progress, "sensitivity")
     points: dict[str, list[tuple[float, float]]] = {t.weight_name: [] for t in active}
-    for (target, number), loss in zip(
-        tasks, in_threads(measure, tasks, num_threads, report), strict=True
-    ):
+    losses = _steadied(in_threads(measure, tasks, num_threads, report))
+    for (target, number), loss in zip(tasks, losses, strict=True):
         name = target.weight_name
         points[name].append((probes[name][number].noise, loss))
     return {name: Sensitivity.fit(p) for name, p in points.items()}
+
+
+def _steadied(measured: Sequence[tuple[float, float]]) -> list[float]:
+    """Losses, each averaged (in the logarithm) with what its squared error says at the ratio that is common.
+
+    The KL divergence on a few samples is decided by those that the network is not sure of; all samples tell the squared
+    error. Where the loss is the squared error itself, nothing changes.
+    """
+    tiny = np.finfo(np.float64).tiny
+    loss, squared = np.maximum(np.array(measured, np.float64).reshape(-1, 2), tiny).T
+    if not len(loss):
+        return []
+    ratio = np.exp(np.median(np.log(loss / squared)))
+    return [float(x) for x in np.sqrt(loss * squared * ratio)]
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

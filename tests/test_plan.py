@@ -179,6 +179,17 @@ def edited(change: dict[str, object], *, entry: bool = True) -> str:
     return json.dumps(document)
 
 
+def test_reading_a_plan_keeps_the_hash_of_losses_with_many_digits() -> None:
+    losses = [0.1234567894321 + 1e-10 * i for i in range(40)]
+    entries = [
+        PlanEntry((f"l{i}",), f"w{i}", 16, 16, AfpFormat(2, 1), predicted_loss=loss)
+        for i, loss in enumerate(losses)
+    ]
+    plan = Plan(tuple(entries), 4.0, "kl")
+
+    assert Plan.from_json(plan.to_json()).plan_hash == plan.plan_hash
+
+
 def test_an_edited_format_is_respected_and_loses_its_predictions() -> None:
     entry = Plan.from_json(edited({"format": "e0m5"})).entries[0]
 

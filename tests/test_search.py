@@ -26,6 +26,7 @@ from afpq.search import (
     search,
     targets,
 )
+from afpq.search import _steadied as steadied
 
 RNG = np.random.default_rng(0)
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -281,6 +282,23 @@ def test_measured_sensitivity_predicts_a_format_between_probes(
         ratios.append(sensitivities[target.weight_name].loss(choices[0].noise) / actual)
     assert 0.5 < np.exp(np.mean(np.log(ratios))) < 2
     assert all(0.2 < r < 5 for r in ratios)
+
+
+def test_losses_are_steadied_by_squared_errors() -> None:
+    """A loss four times what its squared error says at the common ratio is halved; equal measures stay."""
+    assert steadied([(0.1, 1.0), (0.2, 2.0), (1.2, 3.0)]) == pytest.approx([0.1, 0.2, 0.6])
+    assert steadied([(0.3, 0.3), (0.7, 0.7)]) == pytest.approx([0.3, 0.7])
+    assert all(np.isfinite(steadied([(0.0, 0.0), (0.1, 0.2), (1e6, 1e6)])))
+    assert steadied([]) == []
+
+
+def test_a_judge_measures_the_squared_error_beside_the_loss(lenet: Model, digits: Data) -> None:
+    judge = Judge(FloatModel(lenet, threads=1), digits, max_samples=16)
+    squared = Judge(FloatModel(lenet, threads=1), digits, objective="squared_error", max_samples=16)
+    layer = lenet.layers[1]
+    weights = {layer.weight_name: np.round(layer.weight * 8) / 8}
+
+    assert judge.losses(weights) == (judge.loss(weights), squared.loss(weights))
 
 
 # Search
