@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float32]
 class Moments:
     """Means and covariances over positions; g counts the groups of a convolution, else it is 1."""
 
-    count: int
+    count: int  # at least 1
     input_mean: Floats  # [g, k]
     covariance: Floats  # [g, k, k] of the input
     output_mean: Floats  # [n] of the output that is wanted
@@ -77,7 +77,7 @@ class MomentSums:
                 output = np.einsum("gnk,gk->gn", weight, mean).reshape(-1)
                 output += 0.0 if layer.bias is None else layer.bias
                 cross = weight @ covariance
-            result.append(Moments(self._count, mean, covariance, output, cross))
+            result.append(Moments(count, mean, covariance, output, cross))
         return result
 
 

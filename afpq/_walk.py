@@ -51,7 +51,8 @@ class Step:
 def groups_of(model: Model, weight_names: Collection[str]) -> list[tuple[Layer, ...]]:
     """Layers with these weights, those together that read the same rows, in the order of the first of each group.
 
-    Left out are layers without a product, weights that several layers share, and rows longer than `MAX_K`.
+    Left out are layers without a product, weights that several layers share, Gemms that keep their C, and rows longer
+    than `MAX_K`.
     """
     users = Counter(layer.weight_name for layer in model.layers)
     found: dict[tuple[object, ...], list[Layer]] = {}

@@ -148,6 +148,14 @@ def test_inputs_that_never_vary_are_no_obstacle() -> None:
     )
 
 
+def test_a_layer_that_meets_no_rows_is_rounded_as_it_is() -> None:
+    layer = dense(5, 8)
+
+    rounded = round_layer(layer, moments(layer, np.empty((0, 8))), Choice(AfpFormat(0, 7)))
+
+    np.testing.assert_allclose(rounded.values, layer.weight, atol=0.03)
+
+
 def test_one_scale_serves_all_groups() -> None:
     layer = dense(8, 9, groups=4)
     rows = np.random.default_rng(3).standard_normal((4, 200, 9))
