@@ -13,7 +13,7 @@ import numpy.typing as npt
 from afpq._layer import conv_extent
 from afpq.graph import ConvSpec, Layer
 
-__all__ = ["MomentSums", "Moments", "input_rows", "output_rows"]
+__all__ = ["MomentSums", "Moments", "channel_axis", "input_rows", "output_rows"]
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[np.float32]
@@ -98,8 +98,18 @@ def input_rows(
 
 def output_rows(layer: Layer, value: Array) -> Array:
     """The output tensor of a layer as rows [positions, n], in the order of `input_rows`."""
-    axis = 1 if layer.conv is not None else -2 if layer.is_left and layer.k_axis == -2 else -1
-    return np.moveaxis(value, axis, -1).reshape(-1, layer.n).astype(np.float32, copy=False)
+    return (
+        np.moveaxis(value, channel_axis(layer), -1)
+        .reshape(-1, layer.n)
+        .astype(np.float32, copy=False)
+    )
+
+
+def channel_axis(layer: Layer) -> int:
+    """The axis of a layer's output that its n channels are on."""
+    if layer.conv is not None:
+        return 1
+    return -2 if layer.is_left and layer.k_axis == -2 else -1
 
 
 def _spread(total: int, wanted: int, phase: int) -> npt.NDArray[np.intp]:
