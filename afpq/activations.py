@@ -6,8 +6,8 @@ layers' outputs. The scale is searched over that error, not taken from the maxim
 that costs less than coarse steps for all else.
 
 A static format must serve all samples, and has one sign for both of a skewed tensor's sides; the range of each row (of
-a convolution: each sample) adapts. A tensor whose static error would be more than `WORSE` times the dynamic one gets
-none, and its layers round it by its own range, as they do without calibration.
+a convolution: each sample) adapts. A tensor whose static error would be more than `WORSE` times the dynamic one, one
+bit of resolution, gets none, and its layers round it by its own range, as they do without calibration.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ __all__ = ["WORSE", "allocate_activations", "choose_activations"]
 _SIGNED = (AfpFormat(0, 7), AfpFormat(2, 4))
 _UNSIGNED = (AfpFormat(1, 7, signed=False), AfpFormat(2, 5, signed=False))
 _WIDTHS = range(3, 9)  # of mixed widths
-WORSE = 2.0
+WORSE = 4.0
 
 _SAMPLES = 64
 _VALUES = 1 << 16  # of one tensor and one way to read it
@@ -146,7 +146,9 @@ class _Drawn:
         self, tensor: str, formats: Sequence[AfpFormat], kind: str, threads: int
     ) -> tuple[ActivationEntry, float]:
         """The format and scale with the least error, and that error."""
-        values, energies = np.concatenate(self.values)[None], np.concatenate(self.energies)[None]
+        values, energies = np.concatenate(self.values), np.concatenate(self.energies)
+        counts = energies > 0  # the largest of the others must not set the scales that are tried
+        values, energies = values[None, counts], energies[None, counts]
         signal = float((energies * values.astype(np.float64) ** 2).sum())
         found = []
         for fmt in formats:

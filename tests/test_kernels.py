@@ -251,11 +251,7 @@ def test_quantize_transpose_makes_rows_of_channels(isa: str, planes: int, count:
 
 
 # Formats of activations: integers that fit a byte, with a mantissa.
-BYTE_FORMATS = [
-    fmt
-    for fmt in (*all_formats(), *all_formats(signed=False))
-    if fmt.mantissa_bits and fmt.max_integer <= (127 if fmt.signed else 255)
-]
+BYTE_FORMATS = [fmt for fmt in (*all_formats(), *all_formats(signed=False)) if fmt.fits_activations]
 SCALES = round_scale(AfpFormat(0, 1), [2.0**-126, 0.00731, 0.6667, 1.0, 3.1, 2.0**100], "real")
 
 
@@ -293,6 +289,14 @@ def test_quantize_transpose_to_a_format_equals_encode(isa: str, text: str, count
         with output((1, count, channels), np.uint8) as dst:
             kernels.quantize_transpose_u8_f32(isa, guarded(src), 0.0, 0, dst, text, SCALES[1])
             assert_same_bits(dst[0], encoded(src[:, :count].T, fmt, SCALES[1]), channels)
+
+
+def test_other_formats_are_no_formats_of_activations() -> None:
+    for fmt in {*all_formats(), *all_formats(signed=False)} - set(BYTE_FORMATS):
+        with pytest.raises(ValueError, match="no such format of activations"):
+            kernels.quantize_u8_f32(
+                "scalar", np.zeros(1, np.float32), 0.0, 0, np.zeros((1, 1), np.uint8), str(fmt), 1.0
+            )
 
 
 def test_nan_quantizes_to_the_lowest_integer_of_a_format(isa: str) -> None:
