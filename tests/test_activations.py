@@ -79,6 +79,16 @@ def test_rare_outliers_are_clipped(tmp_path: Path) -> None:
     assert entry is None or entry.scale * entry.format.max_integer < 30
 
 
+def test_an_outlier_far_beyond_everything_is_left_behind(tmp_path: Path) -> None:
+    x = np.abs(normal(2000, 32))
+    x[7, 3] = 200.0
+    weight = graphs.constant(32, 16).copy()
+    weight[3] *= 1e-4  # it counts, but little
+    entry = one_product(tmp_path, x, weight)
+
+    assert entry.scale * entry.format.max_integer < 10
+
+
 def test_a_channel_that_nothing_multiplies_does_not_count(tmp_path: Path) -> None:
     x, weight = normal(500, 32), graphs.constant(32, 16).copy()
     x[:, 5] *= 100
