@@ -26,7 +26,7 @@ from afpq.formats import AfpFormat
 from afpq.graph import Model
 from afpq.packed import file_bytes
 from afpq.packing import PackedTensor, packed_bytes
-from afpq.plan import Plan, PlanEntry
+from afpq.plan import ActivationEntry, Plan, PlanEntry
 from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
 from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
@@ -158,8 +158,17 @@ def _rest_bytes(job: Job, active: list[Target]) -> int:
         for t in active
     )
     payload = sum(entry.storage_bits for entry in entries) // 8
+    plan = Plan(entries, None, "size", activations=_any_activations(job))
     # Lengths and offsets of larger tensors take a few bytes more.
-    return file_size(job, Plan(entries, None, "size")) - payload + 16 * len(entries)
+    return file_size(job, plan) - payload + 16 * len(entries)
+
+
+def _any_activations(job: Job) -> tuple[ActivationEntry, ...]:
+    """Static formats for all tensors that may get one: what they take in the file."""
+    if job.activations != "a8" or job.fit is None:
+        return ()
+    names = dict.fromkeys(layer.input_name for layer in job.model.layers if layer.input_name)
+    return tuple(ActivationEntry(name, AfpFormat(2, 5, signed=False), 1.0) for name in names)
 
 
 def session_of(packed: ir.Model, threads: int) -> ort.InferenceSession:

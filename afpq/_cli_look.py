@@ -214,12 +214,13 @@ def _print_packed(result: dict[str, Any]) -> None:
             e["op"],
             e["format"],
             e["kernel"],
+            e["input_format"],
             f"{e['bits_per_weight']:.2f}",
             "shared" if e["shared_with"] else f"{e['bytes']:,}",
         )
         for e in result["layers"]
     ]
-    print_table(("layer", "op", "format", "kernel", "bits/w", "bytes"), rows, left=4)
+    print_table(("layer", "op", "format", "kernel", "input", "bits/w", "bytes"), rows, left=5)
     for remark in dict.fromkeys(e["remark"] for e in result["layers"] if e["remark"]):
         names = [e["name"] for e in result["layers"] if e["remark"] == remark]
         print_line(f"{len(names)} layers: {remark}")

@@ -24,41 +24,82 @@ from afpq.errors import PlanError
 if TYPE_CHECKING:
     from afpq.bench import BenchResult
     from afpq.evaluate import Comparison
+    from afpq.simulate import Simulated
 
 __all__ = ["bench", "compare", "print_comparison", "report"]
 
 _FILE = click.Path(path_type=Path)
 
 
+def _simulation(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    from afpq.simulate import parse_simulation
+
+    try:
+        return parse_simulation(value)
+    except PlanError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @click.command(short_help="Accuracy of two models on the same data.")
 @click.argument("reference", type=_FILE)
-@click.argument("quantized", type=_FILE)
+@click.argument("quantized", type=_FILE, required=False)
 @click.option("--data", required=True, metavar="SRC", help="Samples, and labels if there are any.")
 @data_options
 @click.option("--layers", is_flag=True, help="Also the SQNR of every packed layer's output.")
+@click.option(
+    "--simulate",
+    "simulation",
+    callback=_simulation,
+    metavar="w5a5",
+    help="Instead of a second model: the first with so many bits per weight and activation, on average.",
+)
+@click.option("--calib", metavar="SRC", help="Samples that --simulate quantizes with.")
 @threads_option
 @json_option
 def compare(
     reference: Path,
-    quantized: Path,
+    quantized: Path | None,
     *,
     data: str,
     preprocess: str | None,
     samples: int | None,
     layers: bool,
+    simulation: tuple[float, float] | None,
+    calib: str | None,
     threads: int,
     as_json: bool,
 ) -> None:
     """Accuracy of two models on the same data: top-1, agreement, KL, SQNR, sizes.
 
-    SRC is an .npz, a folder of images (with --preprocess) or of .npy files, or module:function.
+    SRC is an .npz, a folder of images (with --preprocess) or of .npy files, or module:function. With --simulate the
+    second model is made in memory: weights as by `afpq quantize`, and every input of a layer rounded.
     """
+    _check_second(quantized, simulation, calib, layers)
     from afpq.evaluate import compare as run
 
+    simulated = None
     with StageProgress() as progress:
+        if simulation is not None:
+            from afpq.simulate import simulate
+
+            simulated = simulate(
+                reference,
+                calib,
+                bits=simulation[0],
+                activation_bits=simulation[1],
+                preprocess=preprocess,
+                threads=threads,
+                progress=progress,
+            )
+        other = quantized if simulated is None else simulated.session(threads=threads)
+        assert other is not None
         result = run(
             reference,
-            quantized,
+            other,
             data,
             preprocess=preprocess,
             limit=samples,
@@ -67,7 +108,7 @@ def compare(
             progress=progress,
         )
     if as_json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | _simulation_fields(simulated))
         return
     print_comparison(result)
     if result.layers:
@@ -75,9 +116,35 @@ def compare(
         rows = [(e.name, f"{e.sqnr_db:.1f}") for e in result.layers]
         print_table(("layer", "SQNR dB"), rows)
     print_line()
+    if simulated is not None:
+        print_line(
+            f"simulated, nothing written: {simulated.plan.bits_per_weight:.3f} bits per weight, "
+            f"scales included, {simulated.activation_bits:.3f} bits per activation"
+        )
+        return
     before, after = result.reference_bytes, result.quantized_bytes
     assert before is not None and after is not None
     print_line(f"{quantized}: {format_change(before, after)}")
+
+
+def _check_second(
+    quantized: Path | None, simulation: tuple[float, float] | None, calib: str | None, layers: bool
+) -> None:
+    if (quantized is None) == (simulation is None):
+        raise click.UsageError("give a second model, or --simulate")
+    if (calib is None) != (simulation is None):
+        raise click.UsageError("--simulate and --calib need each other")
+    if layers and simulation is not None:
+        raise click.UsageError("--layers needs a second model file")
+
+
+def _simulation_fields(simulated: "Simulated | None") -> dict[str, Any]:
+    if simulated is None:
+        return {}
+    return {
+        "bits_per_weight": simulated.plan.bits_per_weight,
+        "bits_per_activation": simulated.activation_bits,
+    }
 
 
 @click.command(short_help="Speed of two models on this machine.")

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -303,6 +304,9 @@ def _print_facts(result: "QuantizedModel") -> None:
     for remark in dict.fromkeys(e["remark"] for e in summary["layers"] if e["remark"]):
         count = sum(e["remark"] == remark for e in summary["layers"])
         print_line(f"{count} of {len(summary['layers'])} layers: {remark}")
+    if result.plan is not None and result.plan.activations is not None:
+        inputs = Counter(e["input_format"] for e in summary["layers"] if e["input_format"])
+        print_line("layers read " + ", ".join(f"{name} {n}" for name, n in inputs.most_common()))
     if facts.correction is not None:
         losses = ", ".join(f"{n} {x:.3g}" for n, x in facts.correction["losses"].items())
         print_line(f"kept {facts.correction['kept']} (held-out loss: {losses})")

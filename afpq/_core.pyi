@@ -42,6 +42,7 @@ def unpack(
     scales: npt.NDArray[np.float32],
     group_size: int,
 ) -> npt.NDArray[np.float32]: ...
+def conv_is_planar(channels_in: int, channels_out: int, groups: int, num_taps: int) -> bool: ...
 
 class kernels:  # a submodule: the raw kernel tables
     @staticmethod

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from afpq._activation_entry import ActivationEntry
 from afpq._fold import Constants, attribute
-from afpq._layer import Layer
+from afpq._layer import Layer, reads_bytes
 from afpq.formats import AfpFormat
 from afpq.packing import PackedTensor, store_scale
 
@@ -52,13 +53,18 @@ class Emitter:
     """Edits one graph; `checksums` names every packed tensor that was written."""
 
     def __init__(
-        self, graph: ir.Graph, tensors: Mapping[str, PackedTensor], activations: str
+        self,
+        graph: ir.Graph,
+        tensors: Mapping[str, PackedTensor],
+        activations: str,
+        static: Mapping[str, ActivationEntry],
     ) -> None:
         self.checksums: dict[str, str] = {}
         self._graph = graph
         self._nodes = list(graph)
         self._tensors = tensors
         self._activations = activations
+        self._static = static
         self._constants = Constants(graph)
         self._stored: dict[str, tuple[ir.Value, ir.Value]] = {}
         self._biases: dict[bytes, ir.Value] = {}
@@ -116,8 +122,7 @@ class Emitter:
         inputs = [before[-1].outputs[0] if before else activation, weight, scale]
         inputs += self._bias(layer, bias)
         fields = self._format(layer) | self._conv_fields(layer) | _clip_fields(clip)
-        if self._activations != "a16":
-            fields["activations"] = self._activations
+        fields |= self._activation_fields(layer)
         if self._tensors[layer.weight_name].group_size:
             fields["group_size"] = self._tensors[layer.weight_name].group_size
         op = self._node("Conv" if layer.kind == "conv" else "MatMul", inputs, fields, layer.name)
@@ -232,6 +237,16 @@ class Emitter:
             fields["group"] = layer.groups
         if layer.conv.auto_pad != "NOTSET":
             fields["auto_pad"] = layer.conv.auto_pad
+        return fields
+
+    def _activation_fields(self, layer: Layer) -> dict[str, Any]:
+        if self._activations == "a16":
+            return {}
+        fields: dict[str, Any] = {"activations": self._activations}
+        entry = self._static.get(layer.input_name or "")
+        if entry is not None and reads_bytes(layer, self._tensors[layer.weight_name].format):
+            fields["activation_format"] = str(entry.format)
+            fields["activation_scale"] = entry.scale
         return fields
 
     # Editing.

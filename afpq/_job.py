@@ -125,7 +125,12 @@ def _check_names(job: Job) -> None:
         if job.include or job.exclude or job.overrides:
             raise PlanError("a plan already says which layers get what: edit the plan instead")
         shapes = {layer.name: (layer.weight_name, layer.n, layer.k) for layer in job.model.layers}
-        check_plan(job.plan, shapes)
+        read = {layer.input_name for layer in job.model.layers if layer.input_name is not None}
+        check_plan(job.plan, shapes, read)
+        if job.plan.activations and job.activations != "a8":
+            raise PlanError(
+                f"the plan has static formats of activations: they need activations a8, not {job.activations}"
+            )
         if all(entry.format is None for entry in job.plan.entries):
             raise PlanError("the plan leaves every layer float: nothing to quantize")
     elif float_tensors(job) == set(job.model.tensors()):

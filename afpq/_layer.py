@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from afpq import _core
+from afpq.formats import AfpFormat
+
 __all__ = [
     "ConvExtent",
     "ConvSpec",
@@ -14,6 +17,7 @@ __all__ = [
     "conv_extent",
     "conv_matrix",
     "original_layout",
+    "reads_bytes",
 ]
 
 
@@ -143,3 +147,14 @@ def original_layout(layer: Layer, weight: npt.NDArray[np.float32]) -> npt.NDArra
     if layer.k_first:
         return np.ascontiguousarray(weight.T).reshape(layer.shape)
     return np.ascontiguousarray(weight).reshape(layer.shape)
+
+
+def reads_bytes(layer: Layer, fmt: AfpFormat) -> bool:
+    """Whether kernels round what a layer reads, if its weight has this format: not where they multiply floats."""
+    if layer.kind not in ("matmul", "conv") or fmt.kernel_class == "wide":
+        return False
+    if layer.conv is None:
+        return True
+    taps = int(np.prod(layer.conv.kernel_shape))
+    channels = layer.k // taps * layer.groups
+    return not _core.conv_is_planar(channels, layer.n, layer.groups, taps)

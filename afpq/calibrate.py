@@ -27,7 +27,7 @@ from afpq.errors import DataError
 from afpq.graph import ConvSpec, Layer, Model, load_model
 from afpq.runtime import FloatModel
 
-__all__ = ["HISTOGRAM_LOWEST", "Stats", "TensorStats", "calibrate"]
+__all__ = ["HISTOGRAM_LOWEST", "Stats", "TensorStats", "calibrate", "passes"]
 
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[str, int, int], None]  # stage, samples done, samples in all
@@ -155,12 +155,12 @@ def calibrate(
     views = _views(model.layers)
     tensors = list(dict.fromkeys(view.tensor for view in views))
     network = FloatModel(model, threads=1)
-    passes = _passes(network, opened, tensors)
+    planned = passes(network, opened, tensors)
     folded: dict[str, _Fold] = {}
-    done, total = 0, opened.num_samples * len(passes)
+    done, total = 0, opened.num_samples * len(planned)
     workers = min(threads or os.cpu_count() or 1, MAX_WORKERS)
     with ThreadPoolExecutor(workers) as pool:
-        for names, size in passes:
+        for names, size in planned:
             jobs = ((feed, network.run(feed, names)) for feed in opened.batches(size))
             for fold, count in _in_order(pool, workers, jobs, names, views, opened):
                 _merge(folded, fold)
@@ -222,21 +222,21 @@ def _views(layers: Sequence[Layer]) -> list[_View]:
     return [_View(*key, tuple(group)) for key, group in found.items()]
 
 
-def _passes(network: FloatModel, data: Data, tensors: list[str]) -> list[tuple[list[str], int]]:
+def passes(network: FloatModel, data: Data, tensors: list[str]) -> list[tuple[list[str], int]]:
     """The tensors to fetch together and how many samples at once, from the sizes of the first unit."""
     if not tensors:
         return []
     samples = data.source.samples_per_unit
     outputs = network.run(next(data.batches(1)), tensors)
-    passes: list[tuple[list[str], int]] = []
+    found: list[tuple[list[str], int]] = []
     for name, array in zip(tensors, outputs, strict=True):
-        if not passes or passes[-1][1] + array.nbytes > FETCH_BYTES:
-            passes.append(([], 0))
-        names, used = passes[-1]
-        passes[-1] = ([*names, name], used + array.nbytes)
+        if not found or found[-1][1] + array.nbytes > FETCH_BYTES:
+            found.append(([], 0))
+        names, used = found[-1]
+        found[-1] = ([*names, name], used + array.nbytes)
     return [
         (names, min(MAX_BATCH, samples * max(1, FETCH_BYTES // max(used, 1))))
-        for names, used in passes
+        for names, used in found
     ]
 
 

@@ -108,6 +108,14 @@ class AfpFormat:
             return "byte"
         return "pair" if self.max_integer <= 32767 else "wide"
 
+    @property
+    def fits_activations(self) -> bool:
+        """Whether kernels round activations to it: `I`, or `I + 128` if signed, is an unsigned byte.
+
+        It also needs a mantissa: then the even one of two codes is the one with the even mantissa.
+        """
+        return self.mantissa_bits > 0 and self.max_integer <= (127 if self.signed else 255)
+
 
 @cache
 def magnitudes(fmt: AfpFormat) -> npt.NDArray[np.int64]:

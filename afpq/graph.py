@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir
 
 from afpq._find import find_layers
-from afpq._layer import ConvSpec, Layer, Skipped, TensorInfo, original_layout
+from afpq._layer import ConvSpec, Layer, Skipped, TensorInfo, original_layout, reads_bytes
 from afpq._load import read_model
 from afpq.errors import ModelError
 
@@ -22,6 +22,7 @@ __all__ = [
     "TensorInfo",
     "load_model",
     "original_layout",
+    "reads_bytes",
 ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from afpq import _core
 from afpq.errors import ModelError
 from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
@@ -54,6 +55,10 @@ class PackedLayer:
         repr=False
     )  # bfloat16 scales or int8 exponent biases
     node: ir.Node = field(repr=False, compare=False)
+    activation_format: AfpFormat | None = (
+        None  # static: the input is rounded to I * activation_scale
+    )
+    activation_scale: float | None = None
 
     @property
     def kind(self) -> str:
@@ -79,6 +84,15 @@ class PackedLayer:
         return 8 * self.storage_bytes / self.num_weights
 
     @property
+    def input_format(self) -> str:
+        """How kernels read the layer's input: a static format, `a16`, `a8` or `f32`; empty where there is none."""
+        if self.activations is None:
+            return ""
+        if self.kernel not in ("byte", "pair"):
+            return "f32"
+        return self.activations if self.activation_format is None else str(self.activation_format)
+
+    @property
     def kernel(self) -> str:
         """How the weights are executed: the kernel class, or the name of the path that replaces it."""
         if self.op == "Unpack":
@@ -87,8 +101,11 @@ class PackedLayer:
             return "rows"
         if self.activations == "f32":
             return "float"
-        if self.op == "Conv" and self.groups > 1 and (self.n // self.groups) % 16:
-            return "planar"
+        if self.op == "Conv":
+            taps = int(np.prod(self.node.attributes["kernel_shape"].value))
+            channels = self.k // taps * self.groups
+            if _core.conv_is_planar(channels, self.n, self.groups, taps):
+                return "planar"
         return self.format.kernel_class
 
     @property
@@ -97,7 +114,7 @@ class PackedLayer:
         return {
             "unpack": "no kernel for this operator: unpacked to float when the model loads or runs",
             "float": "float activations were asked for",
-            "planar": "too few channels a group for dot products: float multiply-add on integer codes",
+            "planar": "too few channels for dot products: float multiply-add on integer codes",
             "wide": f"{self.format} spans more than 16 bits: float multiply-add",
         }.get(self.kernel, "")
 
@@ -259,6 +276,11 @@ def _layer(path: Path, node: ir.Node) -> PackedLayer:
     except Exception as error:  # external data that is missing or too short
         raise ModelError(f"{where}: its weight cannot be read: {error}") from error
     activations = attributes.get("activations", "a16") if first else None
+    static = None
+    if "activation_format" in attributes:
+        static = AfpFormat.parse(str(attributes["activation_format"]))
+        if "activation_scale" not in attributes:
+            raise ModelError(f"{where}: attribute activation_scale is missing")
     return PackedLayer(
         name=node.name or f"{node.op_type}({node.outputs[0].name})",
         op=node.op_type,
@@ -274,6 +296,8 @@ def _layer(path: Path, node: ir.Node) -> PackedLayer:
         packed=packed,
         stored_scale=scale,
         node=node,
+        activation_format=static,
+        activation_scale=float(attributes["activation_scale"]) if static else None,
     )
 
 

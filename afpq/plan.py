@@ -5,21 +5,22 @@ format (sizes, bits per weight) is written for the reader and computed again on 
 `allocate` finds the best choice under a budget; what a choice costs in accuracy is found in `search`.
 """
 
-import difflib
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from afpq._activation_entry import ActivationEntry, read_activation
 from afpq._allocate import Option, allocate
+from afpq._fields import Fields, nearest, rounded
 from afpq.errors import FormatError, PlanError
 from afpq.formats import AfpFormat
 from afpq.packing import packed_bytes
 
 __all__ = [
+    "ActivationEntry",
     "Option",
     "Plan",
     "PlanEntry",
@@ -92,13 +93,15 @@ class Plan:
     """Entries in the order of the model, the budget in bits per weight, and what the losses mean.
 
     `objective` is `kl` or `squared_error` (measured on the network's outputs), `output_error` (from calibration
-    statistics alone) or `weight_error` (no data at all).
+    statistics alone) or `weight_error` (no data at all). `activations` holds the static formats of tensors that layers
+    read, None before they were chosen; a tensor without an entry is rounded by the range of each row.
     """
 
     entries: tuple[PlanEntry, ...]
     budget: float | None
     objective: str
     spec_version: int = SPEC_VERSION
+    activations: tuple[ActivationEntry, ...] | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -112,7 +115,7 @@ class Plan:
     def predicted_loss(self) -> float | None:
         """Sum over the entries; None when one is not known."""
         # Of what is written: a plan that was read has the same sum, and so the same hash.
-        losses = [_rounded(e.predicted_loss) for e in self.entries if e.format is not None]
+        losses = [rounded(e.predicted_loss) for e in self.entries if e.format is not None]
         known = [x for x in losses if x is not None]
         return sum(known) if len(known) == len(losses) else None
 
@@ -126,14 +129,16 @@ class Plan:
         head = {
             "spec_version": self.spec_version,
             "objective": self.objective,
-            "budget": _rounded(self.budget),
-            "bits_per_weight": _rounded(self.bits_per_weight),
-            "predicted_loss": _rounded(self.predicted_loss),
+            "budget": rounded(self.budget),
+            "bits_per_weight": rounded(self.bits_per_weight),
+            "predicted_loss": rounded(self.predicted_loss),
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()]
-        entries = ",\n".join(f"    {json.dumps(_entry_fields(e))}" for e in self.entries)
-        body = f"[\n{entries}\n  ]" if self.entries else "[]"
-        return "{\n" + "".join(lines) + f'  "entries": {body}\n' + "}\n"
+        sections = {"entries": [_entry_fields(e) for e in self.entries]}
+        if self.activations is not None:
+            sections["activations"] = [entry.fields() for entry in self.activations]
+        body = ",\n".join(f'  "{name}": {_list(items)}' for name, items in sections.items())
+        return "{\n" + "".join(lines) + body + "\n}\n"
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -148,22 +153,30 @@ class Plan:
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(document, dict):
             raise PlanError("the plan is not a JSON object")
-        fields = _Fields("plan", document)
+        fields = Fields("plan", document)
         fields.only(
-            "spec_version", "objective", "budget", "bits_per_weight", "predicted_loss", "entries"
+            "spec_version",
+            "objective",
+            "budget",
+            "bits_per_weight",
+            "predicted_loss",
+            "entries",
+            "activations",
         )
         version = fields.integer("spec_version")
         if version != SPEC_VERSION:
             raise PlanError(f"plan: spec_version {version}, this afpq reads {SPEC_VERSION}")
         fields.number("bits_per_weight", optional=True)
         fields.number("predicted_loss", optional=True)
-        items = fields.get("entries")
-        if not isinstance(items, list):
-            raise PlanError("plan: entries is not a list")
-        entries = tuple(_read_entry(i, item) for i, item in enumerate(items))
+        entries = tuple(_read_entry(i, item) for i, item in enumerate(fields.items("entries")))
         _check_unique(entries)
+        activations = None
+        if "activations" in document:
+            items = fields.items("activations")
+            activations = tuple(read_activation(i, item) for i, item in enumerate(items))
+            _check_tensors(activations)
         budget = fields.number("budget", optional=True)
-        return Plan(entries, budget, fields.text("objective"), version)
+        return Plan(entries, budget, fields.text("objective"), version, activations)
 
 
 def storage_bits(n: int, k: int, fmt: AfpFormat, kind: str, granularity: str) -> int:
@@ -183,7 +196,7 @@ def match_names(patterns: Iterable[str], names: Sequence[str], what: str) -> dic
         exact = [name for name in names if name == pattern]
         result[pattern] = exact or [name for name in names if fnmatchcase(name, pattern)]
         if not result[pattern]:
-            raise PlanError(f"{what} {pattern!r} matches no layer{_nearest(pattern, names)}")
+            raise PlanError(f"{what} {pattern!r} matches no layer{nearest(pattern, names)}")
     return result
 
 
@@ -221,20 +234,30 @@ def read_format(text: str, where: str) -> AfpFormat | None:
     return fmt
 
 
-def check_plan(plan: Plan, shapes: Mapping[str, tuple[str, int, int]]) -> None:
-    """Checks a plan against a model's layers: name -> (weight_name, n, k).
+def check_plan(
+    plan: Plan, shapes: Mapping[str, tuple[str, int, int]], tensors: Iterable[str] = ()
+) -> None:
+    """Checks a plan against a model's layers: name -> (weight_name, n, k), and the tensors that these read.
 
     Layers that the plan does not mention stay float.
 
     Raises:
-        PlanError: the plan names a layer that the model does not have, or one of another shape or weight.
+        PlanError: the plan names a layer that the model does not have, or one of another shape or weight; or a
+            tensor that no layer reads.
     """
+    known = set(tensors)
+    for activation in plan.activations or ():
+        if activation.tensor not in known:
+            raise PlanError(
+                f"plan activation {activation.tensor!r}: no layer reads such a tensor"
+                f"{nearest(activation.tensor, sorted(known))}"
+            )
     for entry in plan.entries:
         for name in entry.layers:
             if name not in shapes:
                 raise PlanError(
                     f"plan entry {entry.weight_name!r}: the model has no layer {name!r}"
-                    f"{_nearest(name, list(shapes))}"
+                    f"{nearest(name, list(shapes))}"
                 )
             weight_name, n, k = shapes[name]
             if weight_name != entry.weight_name:
@@ -248,51 +271,10 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[str, int, int]]) -> None:
                 )
 
 
-class _Fields:
-    """Typed access to a JSON object, with errors that say where."""
-
-    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
-        self.where, self._values = where, values
-
-    def only(self, *names: str) -> None:
-        unknown = sorted(set(self._values) - set(names))
-        if unknown:
-            raise PlanError(
-                f"{self.where}: unknown field {unknown[0]!r}{_nearest(unknown[0], names)}"
-            )
-
-    def get(self, name: str) -> Any:
-        if name not in self._values:
-            raise PlanError(f"{self.where}: field {name!r} is missing")
-        return self._values[name]
-
-    def text(self, name: str) -> str:
-        value = self.get(name)
-        if not isinstance(value, str) or not value:
-            raise PlanError(f"{self.where}: {name} {value!r} is not a text")
-        return value
-
-    def integer(self, name: str) -> int:
-        value = self.get(name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise PlanError(f"{self.where}: {name} {value!r} is not an integer")
-        return value
-
-    def number(self, name: str, *, optional: bool) -> float | None:
-        value = self._values.get(name) if optional else self.get(name)
-        if value is None and optional:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise PlanError(f"{self.where}: {name} {value!r} is not a number")
-        if not (math.isfinite(value) and value >= 0):
-            raise PlanError(f"{self.where}: {name} {value!r} is not a finite number of at least 0")
-        return float(value)
-
-
 def _read_entry(index: int, item: object) -> PlanEntry:
     if not isinstance(item, dict):
         raise PlanError(f"plan entry {index} is not a JSON object")
-    fields = _Fields(f"plan entry {index}", item)
+    fields = Fields(f"plan entry {index}", item)
     weight_name = fields.text("weight_name")
     fields.where = f"plan entry {weight_name!r}"
     fields.only(*_entry_fields(PlanEntry(("",), "", 1, 1, None)))
@@ -328,10 +310,23 @@ def _entry_fields(entry: PlanEntry) -> dict[str, Any]:
         "kind": entry.kind,
         "granularity": entry.granularity,
         "storage_bits": entry.storage_bits,
-        "bits_per_weight": _rounded(entry.bits_per_weight),
-        "error": _rounded(entry.error),
-        "predicted_loss": _rounded(entry.predicted_loss),
+        "bits_per_weight": rounded(entry.bits_per_weight),
+        "error": rounded(entry.error),
+        "predicted_loss": rounded(entry.predicted_loss),
     }
+
+
+def _list(items: list[dict[str, Any]]) -> str:
+    lines = ",\n".join(f"    {json.dumps(item)}" for item in items)
+    return f"[\n{lines}\n  ]" if items else "[]"
+
+
+def _check_tensors(activations: Iterable[ActivationEntry]) -> None:
+    seen: set[str] = set()
+    for entry in activations:
+        if entry.tensor in seen:
+            raise PlanError(f"plan activation {entry.tensor!r} occurs twice")
+        seen.add(entry.tensor)
 
 
 def _check_unique(entries: Iterable[PlanEntry]) -> None:
@@ -347,16 +342,3 @@ def _check_unique(entries: Iterable[PlanEntry]) -> None:
                     f"plan entry {entry.weight_name!r}: layer {name!r} is in another entry too"
                 )
             layers.add(name)
-
-
-def _rounded(value: float | None) -> float | None:
-    # Nine digits: more than any loss means, and short enough to be the same after every round trip.
-    return None if value is None else float(f"{value:.9g}")
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    choices = list(dict.fromkeys(names))
-    near = difflib.get_close_matches(name.strip("*?"), choices, 3, 0.5)
-    if not near:
-        near = choices[:3] + (["..."] if len(choices) > 3 else [])
-    return f"; nearest: {', '.join(near)}" if near else ""

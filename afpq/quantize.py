@@ -19,6 +19,7 @@ import onnxruntime as ort
 from afpq._build import build_graph, check_budget, file_size, session_of, try_file
 from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
+from afpq.activations import choose_activations
 from afpq.calibrate import Stats, calibrate
 from afpq.errors import ModelError
 from afpq.graph import Model
@@ -173,7 +174,7 @@ def load(path: str | Path) -> QuantizedModel:
 def find_plan(
     job: Job, stats: Stats | None = None, *, progress: Progress | None = None
 ) -> tuple[Plan, Stats | None]:
-    """Calibrates if there is data, and searches unless the job has a plan.
+    """Calibrates if there is data, and searches unless the job has a plan; static activation formats come last.
 
     Raises:
         PlanError: the budget is impossible.
@@ -187,22 +188,33 @@ def find_plan(
             threads=job.threads,
             progress=progress,
         )
-    if job.plan is not None:
-        return job.plan, stats
-    plan = search(
-        job.model,
-        stats,
-        bits=job.bits,
-        size=size,
-        data=job.fit,
-        kind=job.kind,
-        include=job.include,
-        exclude=job.exclude,
-        overrides=job.overrides,
-        mode=job.mode,
-        threads=job.threads,
-        progress=progress,
-    )
+    plan = job.plan
+    if plan is None:
+        plan = search(
+            job.model,
+            stats,
+            bits=job.bits,
+            size=size,
+            data=job.fit,
+            kind=job.kind,
+            include=job.include,
+            exclude=job.exclude,
+            overrides=job.overrides,
+            mode=job.mode,
+            threads=job.threads,
+            progress=progress,
+        )
+    if job.activations == "a8" and plan.activations is None and job.fit is not None and stats:
+        chosen = choose_activations(
+            job.model,
+            plan,
+            stats,
+            job.fit,
+            kind=job.kind,
+            threads=job.threads,
+            progress=progress,
+        )
+        plan = replace(plan, activations=chosen)
     return plan, stats
 
 

@@ -216,6 +216,8 @@ def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
         "sqnr_db": known.sqnr_db,
         "kernel": layer.kernel,
         "activations": layer.activations,
+        "input_format": layer.input_format,
+        "activation_scale": layer.activation_scale,
         "remark": layer.remark,
         "shared_with": None if owner == layer.name else owner,
     }
@@ -273,7 +275,7 @@ def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
 def _layer_table(layers: list[dict[str, Any]]) -> str:
     columns = (
         "layer", "op", "format", "granularity", "bits per weight", "weights", "bytes",
-        "predicted loss", "SQNR dB", "kernel",
+        "predicted loss", "SQNR dB", "kernel", "input",
     )  # fmt: skip
     rows = [
         (
@@ -287,6 +289,7 @@ def _layer_table(layers: list[dict[str, Any]]) -> str:
             _number(e["predicted_loss"]),
             _number(e["sqnr_db"]),
             e["kernel"],
+            e["input_format"],
         )
         for e in layers
     ]

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from afpq import __version__
+from afpq._activation_entry import ActivationEntry
 from afpq._emit import DOMAIN, Emitter, pack_scale
 from afpq.errors import ModelError, PlanError
 from afpq.graph import Model
@@ -40,6 +41,9 @@ class PlanSummary(Protocol):
     @property
     def bits_per_weight(self) -> float: ...
 
+    @property
+    def activations(self) -> tuple[ActivationEntry, ...] | None: ...
+
 
 def rewrite(
     model: Model,
@@ -51,7 +55,8 @@ def rewrite(
 ) -> ir.Model:
     """The packed model; layers whose weight_name is not in `tensors` stay float. `model` is not changed.
 
-    `biases` ([n] by layer name) replace the layers' own. The same arguments give the same bytes.
+    `biases` ([n] by layer name) replace the layers' own. The plan's static activation formats are written with
+    `activations` a8. The same arguments give the same bytes.
 
     Raises:
         PlanError: a name, a shape or the activation mode does not exist.
@@ -59,7 +64,8 @@ def rewrite(
     biases = {} if biases is None else biases
     _check(model, tensors, biases, activations)
     clone = model.ir.clone()
-    emitter = Emitter(clone.graph, tensors, activations)
+    static = {e.tensor: e for e in plan.activations or ()} if activations == "a8" else {}
+    emitter = Emitter(clone.graph, tensors, activations, static)
     for layer in model.layers:
         if layer.weight_name in tensors:
             emitter.replace(layer, biases.get(layer.name))

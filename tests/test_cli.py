@@ -243,6 +243,42 @@ def test_compare_states_accuracy(
     assert json.loads(capsys.readouterr().out)["outputs"][0]["top1"] > 0.9
 
 
+def test_compare_with_a_simulation(
+    lenet: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = models / "digits_evaluation.npz"
+    with np.load(models / "digits_calibration.npz") as arrays:
+        np.savez(tmp_path / "few.npz", input=arrays["input"][:16])
+    common = ("--data", data, "--calib", tmp_path / "few.npz", "--samples", 40)
+
+    assert run("compare", lenet, "--simulate", "w5a4.5", *common) == 0
+    text = capsys.readouterr().out
+    assert "top-1" in text and "simulated, nothing written: " in text.splitlines()[-1]
+
+    assert run("compare", lenet, "--simulate", "w6a6", "--json", *common) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["bits_per_weight"] <= 6 and result["bits_per_activation"] <= 6
+    assert result["quantized_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give a second model, or --simulate"),
+        (("other.onnx", "--simulate", "w5a5", "--calib", "x"), "give a second model"),
+        (("--simulate", "w5a5"), "--simulate and --calib need each other"),
+        (("other.onnx", "--calib", "x"), "--simulate and --calib need each other"),
+        (("--simulate", "5", "--calib", "x"), "not of the form w5a5"),
+        (("--simulate", "w5a5", "--calib", "x", "--layers"), "--layers needs a second model"),
+    ],
+)
+def test_compare_refuses_half_a_simulation(
+    lenet: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    assert run("compare", lenet, *options, "--data", "x.npz") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_bench_states_the_ratio(
     lenet: Path, packed_lenet: Path, calibration: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from afpq import _core
-from afpq.formats import AfpFormat, codebook, decode, encode, round_scale
+from afpq.formats import AfpFormat, codebook, decode, encode, fake_quantize, round_scale
 from afpq.packing import pack
 
 FORMATS = ["e0m1", "e2m1", "e2m2", "e0m5", "e2m4", "e0m7", "e3m1", "e3m3", "e2m5", "e4m1", "e5m2"]
@@ -137,6 +137,65 @@ def test_rows_of_zeros_give_the_bias(isa):
     np.testing.assert_array_equal(y, np.tile(bias, (2, 1)))
 
 
+STATIC = [
+    ("e0m7", 0.0234375),
+    ("e2m4", 0.025),
+    ("ue1m7", 0.015625),
+    ("ue2m5", 0.0125),
+    ("ue2m3", 0.1),
+]
+
+
+@pytest.mark.parametrize(("activation_format", "scale"), STATIC)
+@pytest.mark.parametrize("text", ["e0m5", "e2m2", "e2m4", "e3m2", "e4m1"])
+def test_matmul_rounds_activations_to_a_static_format(text, activation_format, scale):
+    rng = np.random.default_rng(9)
+    fmt, m, n, k = AfpFormat.parse(text), 53, 75, 130
+    activation, scale = AfpFormat.parse(activation_format), round_scale(fmt, scale, "real")
+    data, scales, _, weight = quantized(rng, n, k, fmt)
+    x = 2 * rng.standard_normal((m, k)).astype(np.float32)  # some are clipped
+    bias = rng.standard_normal(n).astype(np.float32)
+    rows = x if fmt.kernel_class == "wide" else fake_quantize(x, activation, scale)
+    exact = rows.astype(np.float64) @ weight.T + bias
+    bound = (k + 4) * 2.0**-24 * (np.abs(rows) @ np.abs(weight).T + np.abs(bias))
+    first = None
+    for isa in _core.kernels.isa_names():
+        for threads in (1, 3):
+            y = _core.matmul(
+                isa, threads, x, data, text, n, k, scales, 0, bias, "a8", -INF, INF,
+                activation_format, scale,
+            )  # fmt: skip
+            assert (np.abs(y - exact) <= bound).all()
+            first = y if first is None else first
+            np.testing.assert_array_equal(y, first)
+
+
+def test_a_static_format_adds_up_exactly_what_numpy_adds_up(isa):
+    # Scales are powers of two and sums small: nothing is rounded after the activations.
+    rng = np.random.default_rng(10)
+    fmt, activation = AfpFormat(2, 4), AfpFormat(2, 5, signed=False)
+    codes = encode(rng.standard_normal((20, 64)), fmt, 2.0**-5)
+    x = rng.exponential(1.0, (7, 64)).astype(np.float32)
+    y = _core.matmul(
+        isa, 1, x, pack(codes, fmt.bits), "e2m4", 20, 64, np.full(20, 2.0**-5, np.float32), 0,
+        None, "a8", -INF, INF, "ue2m5", 2.0**-6,
+    )  # fmt: skip
+    rows = codebook(activation)[encode(x, activation, 2.0**-6)]
+    np.testing.assert_array_equal(y, rows @ codebook(fmt)[codes].T * 2.0**-11)
+
+
+def test_a_static_row_with_nan_or_infinity_gives_nan_and_spares_the_others(isa):
+    rng = np.random.default_rng(11)
+    fmt = AfpFormat(2, 2)
+    data, scales, _, _ = quantized(rng, 20, 32, fmt)
+    x = rng.standard_normal((3, 32)).astype(np.float32)
+    x[0, 5], x[2, 31] = np.nan, -np.inf
+    y = _core.matmul(
+        isa, 1, x, data, "e2m2", 20, 32, scales, 0, None, "a8", 0.0, INF, "e0m7", 0.03125
+    )
+    assert np.isnan(y[0]).all() and np.isnan(y[2]).all() and np.isfinite(y[1]).all()
+
+
 def naive_conv(x, weight, groups, kernel, strides, dilations, pads, out):
     """float64 convolution by the definition; weight [n, taps * channels per group]."""
     batch, channels = x.shape[:2]
@@ -212,6 +271,33 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
                 groups, kernel, strides, dilations, pads, out,
             )  # fmt: skip
             assert (np.abs(y - np.minimum(exact, 3.0)) <= bound).all()
+            first = y if first is None else first
+            np.testing.assert_array_equal(y, first)
+
+
+@pytest.mark.parametrize(("activation_format", "scale"), STATIC)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv_rounds_activations_to_a_static_format(shape, activation_format, scale):
+    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
+    rng = np.random.default_rng(12)
+    taps = int(np.prod(kernel))
+    fmt, k = AfpFormat(2, 2), taps * channels // groups
+    activation, scale = AfpFormat.parse(activation_format), round_scale(fmt, scale, "real")
+    data, scales, _, weight = quantized(rng, n, k, fmt)
+    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
+    planar = _core.conv_is_planar(channels, n, groups, taps)
+    rows = x if planar else fake_quantize(x, activation, scale)
+    geometry = groups, kernel, strides, dilations, pads, out
+    exact = naive_conv(rows, weight, *geometry)
+    bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
+    first = None
+    for isa in _core.kernels.isa_names():
+        for threads in (1, 2):
+            y = _core.conv(
+                isa, threads, x, data, "e2m2", n, k, scales, None, "a8", -INF, INF,
+                groups, kernel, strides, dilations, pads, out, activation_format, scale,
+            )  # fmt: skip
+            assert (np.abs(y - exact) <= bound).all()
             first = y if first is None else first
             np.testing.assert_array_equal(y, first)
 

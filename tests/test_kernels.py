@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 
 from afpq import _core
-from afpq.formats import all_formats, codebook
+from afpq.formats import AfpFormat, all_formats, codebook, encode, magnitudes, round_scale
 
 kernels = _core.kernels
 Array = npt.NDArray[Any]
@@ -248,6 +248,63 @@ def test_quantize_transpose_makes_rows_of_channels(isa: str, planes: int, count:
         with output((planes, count, channels), np.uint8) as dst:
             kernels.quantize_transpose_u8_f32(isa, guarded(src), inverse_scale, zero_point, dst)
             assert_same_bits(dst, q.swapaxes(1, 2), channels)
+
+
+# Formats of activations: integers that fit a byte, with a mantissa.
+BYTE_FORMATS = [fmt for fmt in (*all_formats(), *all_formats(signed=False)) if fmt.fits_activations]
+SCALES = round_scale(AfpFormat(0, 1), [2.0**-126, 0.00731, 0.6667, 1.0, 3.1, 2.0**100], "real")
+
+
+def encoded(x: Array, fmt: AfpFormat, scale: np.float32) -> Array:
+    """The bytes of the integers of the definition's codes."""
+    integers = codebook(fmt)[encode(x, fmt, scale)]
+    return (integers + (128 if fmt.signed else 0)).astype(np.uint8)
+
+
+def hard_cases(fmt: AfpFormat, scale: np.float32) -> Array:
+    """Every value, every midpoint and its neighbours, both signs, and values beyond the largest."""
+    levels = magnitudes(fmt)
+    points = np.concatenate([levels, (levels[1:] + levels[:-1]) / 2, levels[-1:] * 1.5])
+    x = (points * scale).astype(np.float32)
+    x = np.concatenate([x, np.nextafter(x, np.float32(0)), np.nextafter(x, np.float32(INF))])
+    largest = np.array([0.0, 3e38, 1e-45], np.float32)
+    return np.concatenate([x, -x, largest, -largest])
+
+
+@pytest.mark.parametrize("fmt", BYTE_FORMATS, ids=str)
+def test_quantize_to_a_format_equals_encode(isa: str, fmt: AfpFormat) -> None:
+    for scale in SCALES:
+        src = hard_cases(fmt, scale)
+        with output((1, src.size), np.uint8) as dst:
+            kernels.quantize_u8_f32(isa, guarded(src), 0.0, 0, dst, str(fmt), scale)
+            assert_same_bits(dst[0], encoded(src, fmt, scale), scale)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 16, 17, 49])
+@pytest.mark.parametrize("text", ["e0m7", "e2m4", "ue1m7", "ue2m5"])
+def test_quantize_transpose_to_a_format_equals_encode(isa: str, text: str, count: int) -> None:
+    fmt = AfpFormat.parse(text)
+    for channels in (*range(1, 42), 63, 64, 96, 144):
+        src = floats(np.random.default_rng(channels), channels, count + channels % 2 * 5)
+        with output((1, count, channels), np.uint8) as dst:
+            kernels.quantize_transpose_u8_f32(isa, guarded(src), 0.0, 0, dst, text, SCALES[1])
+            assert_same_bits(dst[0], encoded(src[:, :count].T, fmt, SCALES[1]), channels)
+
+
+def test_other_formats_are_no_formats_of_activations() -> None:
+    for fmt in {*all_formats(), *all_formats(signed=False)} - set(BYTE_FORMATS):
+        with pytest.raises(ValueError, match="no such format of activations"):
+            kernels.quantize_u8_f32(
+                "scalar", np.zeros(1, np.float32), 0.0, 0, np.zeros((1, 1), np.uint8), str(fmt), 1.0
+            )
+
+
+def test_nan_quantizes_to_the_lowest_integer_of_a_format(isa: str) -> None:
+    src = np.full(40, np.nan, np.float32)
+    for text, lowest in (("e0m7", 1), ("e2m4", 4), ("ue2m5", 0)):
+        with output((1, 40), np.uint8, 7) as dst:
+            kernels.quantize_u8_f32(isa, guarded(src), 0.0, 0, dst, text, 1.0)
+            assert (dst == lowest).all()
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])

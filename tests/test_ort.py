@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import afpq
-from afpq.formats import AfpFormat, decode, encode, round_scale
+from afpq.formats import AfpFormat, decode, encode, fake_quantize, round_scale
 from afpq.packing import pack
 
 LIBRARY = str(Path(afpq._core.__file__).parent / "libafpq_ort.so")
@@ -152,6 +152,7 @@ def test_an_index_out_of_range_is_an_error_that_names_it():
         run(serialized, x=np.array([8]))
 
 
+STATIC = dict(activations="a8", activation_format="ue2m5", activation_scale=0.5)
 BAD = [
     (dict(format="e9m9"), "attribute format is 'e9m9'"),
     (dict(n=0), "attribute n is 0"),
@@ -159,6 +160,14 @@ BAD = [
     (dict(k=100), "weight must be uint8"),
     (dict(activations="a4"), "attribute activations is 'a4'"),
     (dict(group_size=3), "attribute group_size is 3"),
+    (dict(activation_scale=0.5), "attribute activation_scale needs activation_format"),
+    (STATIC | dict(activations="a16"), "attribute activation_format needs activations 'a8'"),
+    (STATIC | dict(activation_format="ue9m9"), "attribute activation_format is 'ue9m9'"),
+    (STATIC | dict(activation_format="e2m5"), "attribute activation_format is 'e2m5'"),
+    (STATIC | dict(activation_format="ue3m0"), "attribute activation_format is 'ue3m0'"),
+    (STATIC | dict(activation_scale=-1.0), "attribute activation_scale is -1,"),
+    (STATIC | dict(activation_scale=0.1), r"attribute activation_scale is 0\.1,"),
+    (dict(activations="a8", activation_format="e0m7"), "attribute activation_scale is 0,"),
 ]
 
 
@@ -168,6 +177,25 @@ def test_a_bad_attribute_is_an_error_that_names_node_and_attribute(change, messa
     attributes = {"format": "e2m1", "n": 16, "k": 16, **change}
     with pytest.raises(Exception, match=f"(?s)the_node.*{message}"):
         run(model("MatMul", tensors, {"x": [None, None]}, 2, **attributes))
+
+
+@pytest.mark.parametrize(("text", "scale"), [("ue2m5", 0.0625), ("e2m4", 0.03125)])
+@pytest.mark.parametrize("op", ["MatMul", "Conv"])
+def test_a_static_activation_format_rounds_the_input_once(op, text, scale):
+    rng = np.random.default_rng(4)
+    values, tensors = weight_tensors(
+        rng.standard_normal((16, 8)).astype(np.float32), AfpFormat(2, 2)
+    )
+    x = (3 * rng.standard_normal((5, 8))).astype(np.float32)
+    shape, more = ([5, 8], {}) if op == "MatMul" else ([5, 8, 1], {"kernel_shape": [1]})
+    static = {"activation_format": text, "activation_scale": scale}
+    y = run(
+        model(op, tensors, {"x": shape}, len(shape), format="e2m2", n=16, k=8, activations="a8",
+              **more, **static),
+        x=x.reshape(shape),
+    )  # fmt: skip
+    expected = fake_quantize(x, AfpFormat.parse(text), scale) @ values.T
+    np.testing.assert_allclose(y.reshape(5, 16), expected, atol=1e-5)
 
 
 def test_an_input_of_the_wrong_shape_is_an_error():

@@ -90,6 +90,15 @@ def test_depthwise_convolutions_run_planar(tmp_path: Path) -> None:
     assert "too few channels" in layer.remark
 
 
+def test_a_first_convolution_of_few_products_runs_planar(tmp_path: Path) -> None:
+    nodes = [graphs.node("Conv", "x w", kernel_shape=[3, 3])]
+    constants = {"w": graphs.constant(16, 3, 3, 3)}
+
+    layer = read_packed(write_packed(tmp_path, nodes, {"x": [1, 3, 9, 9]}, constants)).layers[0]
+
+    assert (layer.kernel, layer.input_format) == ("planar", "f32")
+
+
 def test_tables_and_unpacked_operands(tmp_path: Path) -> None:
     nodes = [
         graphs.node("Gather", "table i", "h"),

@@ -53,11 +53,19 @@ def test_without_a_budget_five_bits_are_taken(lenet: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [25_000, 30_000, 45_678])
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("calibrated", "activations"), [(False, "a16"), (True, "a16"), (True, "a8")]
+)
 def test_size_limits_the_whole_file(
-    lenet: Path, digits: dict[str, Any], tmp_path: Path, size: int, calibrated: bool
+    lenet: Path,
+    digits: dict[str, Any],
+    tmp_path: Path,
+    size: int,
+    calibrated: bool,
+    activations: str,
 ) -> None:
-    model = quantize(lenet, size=size, data=digits if calibrated else None, samples=16)
+    data = digits if calibrated else None
+    model = quantize(lenet, size=size, data=data, samples=16, activations=activations)
 
     written = model.save(tmp_path / "out.onnx")
 

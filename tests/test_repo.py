@@ -25,9 +25,9 @@ LAYERS = (
     ("preprocess", "graph"),
     ("data", "runtime"),
     ("calibrate", "plan", "correct", "rewrite"),
-    ("compensate",),
+    ("activations", "compensate"),
     ("search",),
-    ("bench", "doctor", "evaluate", "quantize", "report", "verify"),
+    ("bench", "doctor", "evaluate", "quantize", "report", "simulate", "verify"),
     ("cli",),
 )
 RANKS = {name: rank for rank, group in enumerate(LAYERS) for name in group}

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from afpq.errors import FormatError, ModelError, PlanError
 from afpq.formats import AfpFormat
 from afpq.graph import load_model
+from afpq.plan import ActivationEntry
 from afpq.rewrite import pack_scale, rewrite, save, serialize
 from afpq.runtime import FloatModel, session
 
@@ -22,6 +23,7 @@ from afpq.runtime import FloatModel, session
 class Summary:
     plan_hash: str = "ab" * 32
     bits_per_weight: float = 6.25
+    activations: tuple[ActivationEntry, ...] | None = None
 
 
 def pack_all(model, **options):

@@ -75,11 +75,19 @@ afpq::PackedWeight weight_of(const AfpqKernels& kernels, const std::string& form
   return weight;
 }
 
-afpq::Activations mode_of(const std::string& text) {
-  if (text == "a16") return afpq::Activations::kA16;
-  if (text == "a8") return afpq::Activations::kA8;
-  if (text == "f32") return afpq::Activations::kF32;
-  throw std::invalid_argument("activations must be a16, a8 or f32, got " + text);
+// "a16", "a8", "f32", or a8 with the format of a scale > 0.
+afpq::LhsRounding rounding_of(const std::string& mode, const std::string& format, float scale) {
+  afpq::LhsRounding rounding;
+  if (mode != "a16" && mode != "a8" && mode != "f32")
+    throw std::invalid_argument("activations must be a16, a8 or f32, got " + mode);
+  if (mode == "a8") rounding.mode = afpq::Activations::kA8;
+  if (mode == "f32") rounding.mode = afpq::Activations::kF32;
+  if (scale == 0) return rounding;
+  if (!afpq::parse_format(format.c_str(), &rounding.format) ||
+      !afpq::fits_activations(rounding.format) || !afpq::is_short_scale(scale))
+    throw std::invalid_argument("no format or no scale of activations: " + format);
+  rounding.scale = scale;
+  return rounding;
 }
 
 const float* bias_of(const std::optional<Floats>& bias, size_t n) {
@@ -89,16 +97,16 @@ const float* bias_of(const std::optional<Floats>& bias, size_t n) {
 
 Result run_matmul(const std::string& isa, size_t threads, Floats lhs, Bytes data,
                   const std::string& format, size_t n, size_t k, Floats scales, size_t group_size,
-                  std::optional<Floats> bias, const std::string& activations, float low,
-                  float high) {
+                  std::optional<Floats> bias, const std::string& activations, float low, float high,
+                  const std::string& activation_format, float activation_scale) {
   if (lhs.ndim() != 2 || lhs.shape(1) != k) throw std::invalid_argument("lhs must be [m, k]");
   const AfpqKernels& kernels = table(isa);
-  const afpq::Activations mode = mode_of(activations);
+  const afpq::LhsRounding rounding = rounding_of(activations, activation_format, activation_scale);
   const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, group_size, 1,
-                                              mode != afpq::Activations::kF32);
+                                              rounding.mode != afpq::Activations::kF32);
   Result result = make_result({lhs.shape(0), n});
   Threads pool{threads};
-  const afpq::Matmul op{&kernels, &weight, mode, bias_of(bias, n), low, high};
+  const afpq::Matmul op{&kernels, &weight, rounding, bias_of(bias, n), low, high};
   matmul(op, lhs.data(), lhs.shape(0), result.data(), {Threads::run, &pool});
   return result;
 }
@@ -108,7 +116,8 @@ Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data,
                 const std::string& format, size_t n, size_t k, Floats scales,
                 std::optional<Floats> bias, const std::string& activations, float low, float high,
                 size_t groups, std::vector<size_t> kernel, std::vector<size_t> strides,
-                std::vector<size_t> dilations, std::vector<size_t> pads, std::vector<size_t> out) {
+                std::vector<size_t> dilations, std::vector<size_t> pads, std::vector<size_t> out,
+                const std::string& activation_format, float activation_scale) {
   if (x.ndim() != 5)
     throw std::invalid_argument("x must be [batch, channels, depth, height, width]");
   afpq::ConvShape shape;
@@ -126,14 +135,14 @@ Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data,
   if (k != shape.num_taps() * shape.group_in())
     throw std::invalid_argument("k is not taps * channels per group");
   const AfpqKernels& kernels = table(isa);
-  const afpq::Activations mode = mode_of(activations);
+  const afpq::LhsRounding rounding = rounding_of(activations, activation_format, activation_scale);
   const size_t multiple = shape.group_in() % kTileK == 0 ? shape.group_in() / kTileK : 1;
-  const bool sums = mode != afpq::Activations::kF32 && !conv_is_planar(shape);
+  const bool sums = rounding.mode != afpq::Activations::kF32 && !conv_is_planar(shape);
   const afpq::PackedWeight weight =
       weight_of(kernels, format, data, n, k, scales, 0, multiple, sums);
   Result result = make_result({x.shape(0), n, out[0], out[1], out[2]});
   Threads pool{threads};
-  const afpq::Conv op{&kernels, &weight, mode, bias_of(bias, n), low, high};
+  const afpq::Conv op{&kernels, &weight, rounding, bias_of(bias, n), low, high};
   conv(op, shape, x.data(), x.shape(0), result.data(), {Threads::run, &pool});
   return result;
 }
@@ -149,14 +158,26 @@ Result run_unpack(Bytes data, const std::string& format, size_t n, size_t k, Flo
   return result;
 }
 
+bool is_planar(size_t channels_in, size_t channels_out, size_t groups, size_t num_taps) {
+  afpq::ConvShape shape;
+  shape.channels_in = channels_in;
+  shape.channels_out = channels_out;
+  shape.groups = groups;
+  shape.kernel[0] = num_taps;
+  return afpq::conv_is_planar(shape);
+}
+
 }  // namespace
 
 void bind_drivers(nb::module_& module) {
   module.def("matmul", &run_matmul, "isa"_a, "threads"_a, "lhs"_a, "data"_a, "format"_a, "n"_a,
-             "k"_a, "scales"_a, "group_size"_a, "bias"_a.none(), "activations"_a, "low"_a,
-             "high"_a);
+             "k"_a, "scales"_a, "group_size"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a,
+             "activation_format"_a = "", "activation_scale"_a = 0.0f);
   module.def("conv", &run_conv, "isa"_a, "threads"_a, "x"_a, "data"_a, "format"_a, "n"_a, "k"_a,
              "scales"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a, "groups"_a,
-             "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "out"_a);
+             "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "out"_a, "activation_format"_a = "",
+             "activation_scale"_a = 0.0f);
+  module.def("conv_is_planar", &is_planar, "channels_in"_a, "channels_out"_a, "groups"_a,
+             "num_taps"_a);
   module.def("unpack", &run_unpack, "data"_a, "format"_a, "n"_a, "k"_a, "scales"_a, "group_size"_a);
 }

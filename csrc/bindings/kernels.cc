@@ -15,9 +15,11 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "drivers/gemm.h"
 #include "kernels/dispatch.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace {
 
@@ -85,29 +87,49 @@ std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const flo
   return {low, high, finite != 0};
 }
 
-AfpqQuantize quantizer(float inverse_scale, int32_t zero_point, uint8_t* planes, size_t num_planes,
-                       size_t size) {
+// Fixed point, or the static format of a scale > 0.
+AfpqQuantize quantizer(float inverse_scale, int32_t zero_point, const std::string& format,
+                       float scale, uint8_t* planes, size_t num_planes, size_t size) {
   require(num_planes == 1 || num_planes == 2, "dst must have 1 or 2 planes");
-  return {inverse_scale, zero_point, static_cast<int>(num_planes), {planes, planes + size}};
+  AfpqQuantize q = {};
+  if (scale > 0) {
+    require(num_planes == 1, "a format needs dst with 1 plane");
+    afpq::LhsRounding rounding;
+    rounding.mode = afpq::Activations::kA8;
+    rounding.scale = scale;
+    require(afpq::parse_format(format.c_str(), &rounding.format) &&
+                afpq::fits_activations(rounding.format),
+            "no such format of activations");
+    q = afpq::row_quantizer(rounding, 0, 0, true).quantize;
+  } else {
+    q.inverse_scale = inverse_scale;
+    q.zero_point = zero_point;
+    q.num_planes = static_cast<int>(num_planes);
+  }
+  q.planes[0] = planes;
+  q.planes[1] = planes + size;
+  return q;
 }
 
 // dst: [num_planes, count]
 void quantize_u8_f32(const std::string& isa, Array<const float, 1> src, float inverse_scale,
-                     int32_t zero_point, Array<uint8_t, 2> dst) {
+                     int32_t zero_point, Array<uint8_t, 2> dst, const std::string& format,
+                     float scale) {
   require(dst.shape(1) == src.shape(0), "dst must be [num_planes, count]");
   const AfpqQuantize q =
-      quantizer(inverse_scale, zero_point, dst.data(), dst.shape(0), dst.shape(1));
+      quantizer(inverse_scale, zero_point, format, scale, dst.data(), dst.shape(0), dst.shape(1));
   table_of(isa).quantize_u8_f32(src.data(), src.shape(0), &q);
 }
 
 // src: [num_channels, src_stride], dst: [num_planes, count, num_channels]
 void quantize_transpose_u8_f32(const std::string& isa, Array<const float, 2> src,
-                               float inverse_scale, int32_t zero_point, Array<uint8_t, 3> dst) {
+                               float inverse_scale, int32_t zero_point, Array<uint8_t, 3> dst,
+                               const std::string& format, float scale) {
   const size_t count = dst.shape(1), channels = dst.shape(2);
   require(src.shape(0) == channels && src.shape(1) >= count,
           "src must be [num_channels, at least count]");
-  const AfpqQuantize q =
-      quantizer(inverse_scale, zero_point, dst.data(), dst.shape(0), count * channels);
+  const AfpqQuantize q = quantizer(inverse_scale, zero_point, format, scale, dst.data(),
+                                   dst.shape(0), count * channels);
   table_of(isa).quantize_transpose_u8_f32(src.data(), src.shape(1), channels, count, &q);
 }
 
@@ -189,8 +211,10 @@ void bind_kernels(nb::module_& module) {
   m.def("gemm_s32_u8_s8", gemm<uint8_t, int8_t, int32_t, &K::gemm_s32_u8_s8>);
   m.def("gemm_f32_f32_f32", gemm<float, float, float, &K::gemm_f32_f32_f32>);
   m.def("range_f32", range_f32);
-  m.def("quantize_u8_f32", quantize_u8_f32);
-  m.def("quantize_transpose_u8_f32", quantize_transpose_u8_f32);
+  m.def("quantize_u8_f32", quantize_u8_f32, "isa"_a, "src"_a, "inverse_scale"_a, "zero_point"_a,
+        "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("quantize_transpose_u8_f32", quantize_transpose_u8_f32, "isa"_a, "src"_a, "inverse_scale"_a,
+        "zero_point"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
   m.def("transpose_f32", transpose_f32);
   m.def("combine_f32_s32", combine_f32_s32);
   m.def("store_f32", store_f32);

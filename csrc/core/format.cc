@@ -1,5 +1,9 @@
 #include "core/format.h"
 
+#include <cmath>
+
+#include "core/float_bits.h"
+
 namespace afpq {
 
 int64_t Format::integer(unsigned code) const {
@@ -32,6 +36,14 @@ bool parse_format(const char* text, Format* format) {
   if (result.bits() < 2 || result.bits() > 8) return false;
   *format = result;
   return true;
+}
+
+bool fits_activations(const Format& format) {
+  return format.mantissa_bits > 0 && format.max_integer() <= (format.is_signed ? 127 : 255);
+}
+
+bool is_short_scale(float scale) {
+  return scale > 0 && std::isnormal(scale) && (bits_of(scale) & 0xffff) == 0;
 }
 
 void fill_tables(const Format& format, FormatTables* tables) {

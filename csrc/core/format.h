@@ -24,6 +24,12 @@ struct Format {
 // Reads "e2m1" or "ue2m5" with 2..8 bits; false when the text is not such a format.
 bool parse_format(const char* text, Format* format);
 
+// Whether activations can be rounded to this format and multiplied as unsigned bytes, I or I + 128:
+// and, since ties go to even mantissas, whether it has a mantissa.
+bool fits_activations(const Format& format);
+// Whether a scale is a positive normal number of at most 8 significant bits (a bfloat16).
+bool is_short_scale(float scale);
+
 // Lookup tables over an 8-bit window whose low `bits` bits are a code: periodic in 2^bits, as
 // kernels.h asks.
 struct FormatTables {

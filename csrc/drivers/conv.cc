@@ -91,9 +91,10 @@ RowQuantizer quantize_sample(const Conv& op, const ConvShape& shape, const float
     op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part],
                           &highs[part], &finite[part]);
   });
-  const RowQuantizer quantizer = quantizer_for_range(
-      *std::min_element(lows.begin(), lows.end()), *std::max_element(highs.begin(), highs.end()),
-      *std::min_element(finite.begin(), finite.end()) == 1, planes);
+  const RowQuantizer quantizer =
+      row_quantizer(op.rounding, *std::min_element(lows.begin(), lows.end()),
+                    *std::max_element(highs.begin(), highs.end()),
+                    *std::min_element(finite.begin(), finite.end()) == 1);
   const size_t step = std::max<size_t>(16, kTaskElements / channels / 16 * 16);
   parallel_for(parallel, ceil_div(count, step), [&](size_t task) {
     AfpqQuantize quantize = quantizer.quantize;
@@ -194,7 +195,7 @@ LhsRows rows_of_group(const ConvShape& shape, Taps taps, size_t padded, size_t g
 void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
                const Parallel& parallel) {
   const Taps taps = taps_of(shape);
-  const int planes = lhs_planes(op.mode, op.weight->format);
+  const int planes = lhs_planes(op.rounding.mode, op.weight->format);
   const size_t padded = op.weight->num_tiles * kTileK;
   const Sample sample = allocate_sample(shape, taps, planes, padded);
   if (taps != Taps::kDirect) tap_offsets(shape, shape.channels_in, sample.offsets);
@@ -205,7 +206,7 @@ void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t 
       GemmJob job;
       job.kernels = op.kernels;
       job.weight = op.weight;
-      job.mode = op.mode;
+      job.mode = op.rounding.mode;
       job.lhs = rows_of_group(shape, taps, padded, group, sample);
       job.row_scales = sample.row_scales;
       job.zero_points = sample.zero_points;

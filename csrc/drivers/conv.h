@@ -43,7 +43,7 @@ inline bool conv_is_planar(const ConvShape& shape) {
 struct Conv {
   const AfpqKernels* kernels = nullptr;
   const PackedWeight* weight = nullptr;
-  Activations mode = Activations::kA16;
+  LhsRounding rounding;
   const float* bias = nullptr;  // [channels_out] or null
   float low, high;
 };

@@ -262,14 +262,23 @@ void gemm(const GemmJob& job, const Parallel& parallel) {
   });
 }
 
-RowQuantizer quantizer_for_range(float low, float high, bool finite, int num_planes) {
+RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, bool finite) {
   RowQuantizer result = {};
-  result.quantize.num_planes = num_planes;
+  result.quantize.num_planes = static_cast<int>(rounding.mode);
   if (!finite) {
     result.scale = std::numeric_limits<float>::quiet_NaN();
     return result;
   }
-  const float levels = num_planes == 1 ? 255.0f : 65535.0f;
+  if (rounding.scale > 0) {
+    const float largest = static_cast<float>(rounding.format.max_integer());
+    result.scale = result.quantize.scale = rounding.scale;
+    result.quantize.low = rounding.format.is_signed ? -largest : 0.0f;
+    result.quantize.high = largest;
+    result.quantize.mantissa_bits = rounding.format.mantissa_bits;
+    result.quantize.zero_point = rounding.format.is_signed ? 128 : 0;
+    return result;
+  }
+  const float levels = rounding.mode == Activations::kA8 ? 255.0f : 65535.0f;
   result.scale = high / levels - low / levels;
   const float inverse = 1.0f / result.scale;
   if (!(result.scale > 0) || !std::isfinite(inverse)) {

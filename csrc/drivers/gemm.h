@@ -22,6 +22,14 @@ namespace afpq {
 
 enum class Activations { kF32 = 0, kA8 = 1, kA16 = 2 };  // the value is the number of byte planes
 
+// How lhs becomes rows. A mode alone gives every row a scale of its own; kA8 with a scale rounds
+// all of lhs to the values of one format.
+struct LhsRounding {
+  Activations mode = Activations::kA16;
+  Format format;    // of activations, if scale > 0
+  float scale = 0;  // see is_short_scale
+};
+
 // Planes of byte rows that run on a weight of this format; 0 means float rows.
 inline int lhs_planes(Activations mode, const Format& format) {
   return format.num_planes() == 0 ? 0 : static_cast<int>(mode);
@@ -59,13 +67,13 @@ struct GemmJob {
 
 void gemm(const GemmJob& job, const Parallel& parallel);
 
-// Rounds rows of floats to byte planes with a scale and a zero point each (range: the row and 0).
-// NaN or infinity in a row makes its scale NaN, so the row's results are NaN as they would be in
-// float.
+// How a row (of a convolution: a sample) of this range, 0 included, is rounded to byte planes: with
+// a scale and a zero point of its own, or those of the static format. NaN or infinity in a row
+// makes its scale NaN, so the row's results are NaN as they would be in float.
 struct RowQuantizer {
   float scale;
   AfpqQuantize quantize;
 };
-RowQuantizer quantizer_for_range(float low, float high, bool finite, int num_planes);
+RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, bool finite);
 
 }  // namespace afpq

@@ -15,7 +15,7 @@ constexpr size_t kTaskElements = size_t{1}
 void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Parallel& parallel) {
   const PackedWeight& weight = *op.weight;
   const size_t k = weight.k, padded = weight.num_tiles * kTileK;
-  const int planes = lhs_planes(op.mode, weight.format);
+  const int planes = lhs_planes(op.rounding.mode, weight.format);
   Scratch& scratch = layer_scratch();
   const bool copy_floats = planes == 0 && padded != k;
   scratch.reset(Scratch::room<float>(m) + Scratch::room<int32_t>(m) +
@@ -39,7 +39,7 @@ void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Para
       float low, high;
       int finite;
       op.kernels->range_f32(row, k, &low, &high, &finite);
-      RowQuantizer quantizer = quantizer_for_range(low, high, finite, planes);
+      RowQuantizer quantizer = row_quantizer(op.rounding, low, high, finite);
       row_scales[r] = quantizer.scale;
       zero_points[r] = quantizer.quantize.zero_point;
       for (int p = 0; p < planes; ++p) {
@@ -53,7 +53,7 @@ void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Para
   GemmJob job;
   job.kernels = op.kernels;
   job.weight = op.weight;
-  job.mode = op.mode;
+  job.mode = op.rounding.mode;
   job.lhs.bytes[0] = bytes[0];
   job.lhs.bytes[1] = bytes[1];
   job.lhs.floats = copy_floats ? floats : lhs;

@@ -1,5 +1,5 @@
-// dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T + bias), rows of lhs rounded on the way in as the
-// mode says.
+// dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T + bias), rows of lhs rounded on the way in as
+// `rounding` says.
 #pragma once
 
 #include "drivers/gemm.h"
@@ -9,7 +9,7 @@ namespace afpq {
 struct Matmul {
   const AfpqKernels* kernels = nullptr;
   const PackedWeight* weight = nullptr;
-  Activations mode = Activations::kA16;
+  LhsRounding rounding;
   const float* bias = nullptr;  // [n] or null
   float low, high;
 };

@@ -65,15 +65,26 @@ typedef struct AfpqStore {
   float low, high;        // -inf, +inf: no clamp
 } AfpqStore;
 
-// How floats become unsigned bytes: q = min(max(rint(x * inverse_scale) + zero_point, 0),
-// num_planes == 1 ? 255 : 65535), rint to nearest even; q = 0 where x * inverse_scale is NaN or
-// beyond +-65536 (rows with such elements have a NaN scale). Plane 0 takes q (one plane) or q >> 8,
-// plane 1 takes q & 255. zero_point is in the range of q.
+// How floats become unsigned bytes. With scale == 0, fixed point: q = min(max(rint(x *
+// inverse_scale) + zero_point, 0), num_planes == 1 ? 255 : 65535), rint to nearest even; q = 0
+// where x * inverse_scale is NaN or beyond +-65536 (rows with such elements have a NaN scale).
+// Plane 0 takes q (one plane) or q >> 8, plane 1 takes q & 255. zero_point is in the range of q.
+//
+// With scale > 0, one plane takes the codes' integers of a float format (afpq/formats.py):
+//   r = min(max(x / scale, low), high)                                   NaN becomes low
+//   step = max(2^floor(log2|r|), 2^mantissa_bits) / 2^mantissa_bits      1 up to the second binade
+//   q = rint(r / step) * step + zero_point
+// A scale of 8 significant bits makes this `encode` to the last tie: a midpoint m has 9, so m *
+// scale is a float, and x / scale is rounded to m only if x is m * scale.
 typedef struct AfpqQuantize {
   float inverse_scale;
-  int32_t zero_point;
-  int num_planes;  // 1 or 2
+  int32_t zero_point;  // 0..255 or 0..65535; low + zero_point and high + zero_point are bytes
+  int num_planes;      // 1 or 2
   uint8_t* planes[2];
+  float scale;
+  float low, high;    // the least and the largest integer of the format
+  int mantissa_bits;  // 1..7: from 1 on, the even one of two codes is the one with the even
+                      // mantissa
 } AfpqQuantize;
 
 typedef struct AfpqKernels {

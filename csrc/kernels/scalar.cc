@@ -86,9 +86,20 @@ void range_f32_scalar(const float* src, size_t count, float* low, float* high, i
   }
 }
 
+unsigned quantize_float(float x, const AfpqQuantize& q) {
+  const float ratio = x / q.scale;
+  const float above = ratio > q.low ? ratio : q.low;
+  const float r = above < q.high ? above : q.high;
+  const float unit = ldexpf(1.0f, q.mantissa_bits);
+  const float magnitude = fabsf(r);
+  const float step = magnitude < unit ? 1.0f : ldexpf(1.0f, ilogbf(magnitude) - q.mantissa_bits);
+  return static_cast<unsigned>(static_cast<int32_t>(nearbyintf(r / step) * step) + q.zero_point);
+}
+
 // q of one element. What int32 cannot hold (NaN too) becomes the smallest int32, as on x86, and so
 // 0.
 unsigned quantize(float x, const AfpqQuantize& q) {
+  if (q.scale > 0) return quantize_float(x, q);
   const float scaled = nearbyintf(x * q.inverse_scale);
   const int32_t highest = q.num_planes == 1 ? 255 : 65535;
   const int32_t rounded = fabsf(scaled) < 2147483648.0f ? static_cast<int32_t>(scaled) : INT32_MIN;

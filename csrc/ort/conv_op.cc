@@ -25,7 +25,7 @@ size_t tiles_of_tap(size_t group_in) { return group_in % kTileK == 0 ? group_in 
 int ConvOp::input_type(size_t index) { return index == 1 ? kUint8 : index == 2 ? kAny : kFloat; }
 
 ConvOp::ConvOp(const KernelInfo& info)
-    : mode_(read_activations(info)),
+    : rounding_(read_activations(info)),
       low_(info.real("clip_min", -kInfinity)),
       high_(info.real("clip_max", kInfinity)) {
   read_axes(info);
@@ -48,7 +48,7 @@ ConvOp::ConvOp(const KernelInfo& info)
     throw Error(kNotImplemented, "attribute k means " + std::to_string(base_.group_in()) +
                                      " channels per group, more than 65536");
   }
-  const bool integer_sums = mode_ != Activations::kF32 && !conv_is_planar(base_);
+  const bool integer_sums = rounding_.mode != Activations::kF32 && !conv_is_planar(base_);
   weight_ = read_weight(info, 1, tiles_of_tap(base_.group_in()), integer_sums);
 }
 
@@ -121,7 +121,7 @@ void ConvOp::compute(KernelContext& context) const {
   Conv op;
   op.kernels = &kernels();
   op.weight = &weight_;
-  op.mode = mode_;
+  op.rounding = rounding_;
   op.bias = read_bias(context, 3, weight_.n);
   op.low = low_;
   op.high = high_;

@@ -7,8 +7,8 @@ namespace afpq::ort {
 int MatMulOp::input_type(size_t index) { return index == 1 ? kUint8 : index == 2 ? kAny : kFloat; }
 
 MatMulOp::MatMulOp(const KernelInfo& info)
-    : mode_(read_activations(info)),
-      weight_(read_weight(info, 1, 1, mode_ != Activations::kF32)),
+    : rounding_(read_activations(info)),
+      weight_(read_weight(info, 1, 1, rounding_.mode != Activations::kF32)),
       low_(info.real("clip_min", -kInfinity)),
       high_(info.real("clip_max", kInfinity)) {}
 
@@ -23,7 +23,7 @@ void MatMulOp::compute(KernelContext& context) const {
   Matmul op;
   op.kernels = &kernels();
   op.weight = &weight_;
-  op.mode = mode_;
+  op.rounding = rounding_;
   op.bias = read_bias(context, 3, weight_.n);
   op.low = low_;
   op.high = high_;

@@ -23,7 +23,7 @@ class MatMulOp {
   void compute(KernelContext& context) const;
 
  private:
-  Activations mode_;
+  LhsRounding rounding_;
   PackedWeight weight_;
   float low_, high_;
 };
@@ -45,7 +45,7 @@ class ConvOp {
   ConvShape base_;   // everything but the sizes that come with X
   size_t end_pads_[3] = {0, 0, 0};
   std::string auto_pad_;
-  Activations mode_;
+  LhsRounding rounding_;
   PackedWeight weight_;
   float low_, high_;
 };

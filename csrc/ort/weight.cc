@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <sstream>
 
 #include "kernels/dispatch.h"
 
@@ -50,12 +51,39 @@ size_t positive(const KernelInfo& info, const char* name) {
   return static_cast<size_t>(value);
 }
 
-Activations read_activations(const KernelInfo& info) {
-  const std::string text = info.text("activations", "a16");
-  if (text == "a16") return Activations::kA16;
-  if (text == "a8") return Activations::kA8;
-  if (text == "f32") return Activations::kF32;
-  throw Error(kInvalidArgument, "attribute activations is '" + text + "', not one of a16, a8, f32");
+LhsRounding read_activations(const KernelInfo& info) {
+  LhsRounding rounding;
+  const std::string mode = info.text("activations", "a16");
+  if (mode != "a16" && mode != "a8" && mode != "f32") {
+    throw Error(kInvalidArgument,
+                "attribute activations is '" + mode + "', not one of a16, a8, f32");
+  }
+  rounding.mode = mode == "a16"  ? Activations::kA16
+                  : mode == "a8" ? Activations::kA8
+                                 : Activations::kF32;
+  const std::string format = info.text("activation_format", "");
+  const float scale = info.real("activation_scale", 0.0f);
+  if (format.empty()) {
+    if (scale == 0) return rounding;
+    throw Error(kInvalidArgument, "attribute activation_scale needs activation_format");
+  }
+  if (rounding.mode != Activations::kA8) {
+    throw Error(kInvalidArgument,
+                "attribute activation_format needs activations 'a8', not '" + mode + "'");
+  }
+  if (!parse_format(format.c_str(), &rounding.format) || !fits_activations(rounding.format)) {
+    throw Error(kInvalidArgument, "attribute activation_format is '" + format +
+                                      "', not a format with a mantissa whose integers fit a byte, "
+                                      "such as ue2m5 or e0m7");
+  }
+  if (!is_short_scale(scale)) {
+    std::ostringstream message;
+    message << "attribute activation_scale is " << scale
+            << ", not a positive number of at most 8 significant bits";
+    throw Error(kInvalidArgument, message.str());
+  }
+  rounding.scale = scale;
+  return rounding;
 }
 
 PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_multiple,

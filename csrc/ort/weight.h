@@ -13,7 +13,8 @@ namespace afpq::ort {
 // One of the allowed sizes; throws naming the attribute otherwise.
 size_t positive(const KernelInfo& info, const char* name);
 
-Activations read_activations(const KernelInfo& info);
+// Reads attributes activations, activation_format and activation_scale.
+LhsRounding read_activations(const KernelInfo& info);
 
 // Reads attributes format, n, k and the two constant inputs: the packed bytes at `index`, the
 // scales at `index + 1`. Segments end at multiples of segment_multiple tiles. The bytes stay where
