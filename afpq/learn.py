@@ -277,7 +277,7 @@ def _bias(layer: Layer, biases: Mapping[str, Floats]) -> Floats:
 
 
 def _mean(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+    return torch.stack(list(losses)).mean() if losses else torch.zeros(())
 
 
 def _variance(tensors: Sequence[Tensor]) -> float:
