@@ -6,6 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from afpq._measure import _steadied as steadied
 from afpq.calibrate import Stats, TensorStats, calibrate
 from afpq.data import Data, open_data
 from afpq.errors import PlanError
@@ -26,7 +27,6 @@ from afpq.search import (
     search,
     targets,
 )
-from afpq.search import _steadied as steadied
 
 RNG = np.random.default_rng(0)
 MODELS = Path(__file__).resolve().parents[1] / "models"
