@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from afpq._candidates import (
@@ -20,6 +19,7 @@ from afpq._candidates import (
     quantized_values,
     targets,
 )
+from afpq._costs import Costs
 from afpq._judge import OBJECTIVES, Judge, Objective, choose_objective
 from afpq._measure import Progress, measure_sensitivity, split_samples
 from afpq._sensitivity import Sensitivity
@@ -28,7 +28,7 @@ from afpq.data import Data, open_data
 from afpq.errors import PlanError
 from afpq.formats import AfpFormat
 from afpq.graph import Model, load_model
-from afpq.plan import Option, Plan, PlanEntry, allocate, match_names, read_format
+from afpq.plan import Plan, match_names, read_format
 from afpq.runtime import FloatModel
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
 ]
 
 _MAX_WORKERS = 8  # each holds a network of its own
-DEFAULT_BITS = 5.0
 
 
 @dataclass(frozen=True)
@@ -71,84 +70,6 @@ MODES = {
     "default": Mode((2, 3, 5), 64),
     "best": Mode((2, 3, 4, 5, 7), 128),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Costs:
-    """What every candidate of every tensor stores and loses: a plan under any budget follows from it.
-
-    `found` and `losses` go by weight_name and are parallel; tensors that stay float are missing. `objective` says what
-    the losses are, as in `Plan`.
-    """
-
-    targets: tuple[Target, ...]  # all, in the order of the model
-    found: Mapping[str, Sequence[Candidate]]
-    losses: Mapping[str, Sequence[float]]
-    objective: str
-
-    @cached_property
-    def active(self) -> tuple[Target, ...]:
-        """The tensors that are quantized."""
-        return tuple(t for t in self.targets if t.weight_name in self.found)
-
-    @property
-    def num_weights(self) -> int:
-        return sum(t.weight.size for t in self.active)
-
-    @property
-    def smallest_bits(self) -> int:
-        """Stored bits of the smallest plan."""
-        return sum(min(c.storage_bits for c in choices) for choices in self.found.values())
-
-    def plan(self, *, bits: float | None = None, size: int | None = None) -> Plan:
-        """The plan with the least sum of losses that `bits` per weight (default 5) or `size` in bytes allow.
-
-        Raises:
-            PlanError: the budget is too small.
-        """
-        if not self.active:
-            return Plan(tuple(_float_entry(t) for t in self.targets), None, "none")
-        limit = self.budget_bits(bits, size)
-        names = [t.weight_name for t in self.active]
-        options = [
-            [
-                Option(c.storage_bits, x)
-                for c, x in zip(self.found[name], self.losses[name], strict=True)
-            ]
-            for name in names
-        ]
-        choice = dict(zip(names, allocate(options, limit), strict=True))
-        entries = tuple(
-            _entry(t, self.found[t.weight_name][j], self.losses[t.weight_name][j])
-            if (j := choice.get(t.weight_name)) is not None
-            else _float_entry(t)
-            for t in self.targets
-        )
-        budget = limit / self.num_weights if bits is None else bits
-        return Plan(entries, budget, self.objective)
-
-    def budget_bits(self, bits: float | None, size: int | None) -> int:
-        """The budget in stored bits, checked against the smallest plan.
-
-        Raises:
-            PlanError: the budget is too small.
-        """
-        if size is not None:
-            if self.smallest_bits > 8 * size:
-                raise PlanError(
-                    f"a size of {size} bytes is impossible: the {len(self.active)} quantized "
-                    f"tensors take at least {-(-self.smallest_bits // 8)} bytes"
-                )
-            return 8 * size
-        wanted = DEFAULT_BITS if bits is None else bits
-        limit = math.floor(wanted * self.num_weights * (1 + 1e-12))
-        if self.smallest_bits > limit:
-            least = math.ceil(1000 * self.smallest_bits / self.num_weights) / 1000
-            raise PlanError(
-                f"a budget of {wanted:g} bits per weight is impossible: the {len(self.active)} "
-                f"quantized tensors take at least {least:.3f}, scales and padding included"
-            )
-        return limit
 
 
 def search(
@@ -324,26 +245,6 @@ def _choose(
                 raise PlanError(f"--layer {pattern!r}: layer {name!r} is excluded as well")
             pins[owner[name]] = fmt
     return pins
-
-
-def _entry(target: Target, candidate: Candidate, loss: float) -> PlanEntry:
-    n, k = target.weight.shape
-    return PlanEntry(
-        layers=target.names,
-        weight_name=target.weight_name,
-        n=n,
-        k=k,
-        format=candidate.format,
-        kind=candidate.kind,
-        granularity=candidate.granularity,
-        error=candidate.error,
-        predicted_loss=loss,
-    )
-
-
-def _float_entry(target: Target) -> PlanEntry:
-    n, k = target.weight.shape
-    return PlanEntry(target.names, target.weight_name, n, k, None)
 
 
 def _check_budget(bits: float | None, size: int | None) -> None:
