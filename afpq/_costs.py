@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from afpq._candidates import Candidate, Target
+from afpq._measure import Workshop
 from afpq.errors import PlanError
 from afpq.plan import Option, Plan, PlanEntry, allocate
 
@@ -26,6 +27,9 @@ class Costs:
     found: Mapping[str, Sequence[Candidate]]
     losses: Mapping[str, Sequence[float]]
     objective: str
+    shop: Workshop | None = (
+        None  # where a second pass measures; None where rounding is not compensated
+    )
 
     @cached_property
     def active(self) -> tuple[Target, ...]:
@@ -65,8 +69,7 @@ class Costs:
         """
         if not self.active:
             return self.plan_of({}, None)
-        limit = self.budget_bits(bits, size)
-        return self.plan_of(self.choose(limit), limit / self.num_weights if bits is None else bits)
+        return self.plan_of(self.choose(self.budget_bits(bits, size)), self.budget(bits, size))
 
     def plan_of(self, choice: Mapping[str, int], budget: float | None) -> Plan:
         """The plan that makes a choice, made for a budget in bits per weight."""
@@ -77,6 +80,12 @@ class Costs:
             for t in self.targets
         )
         return Plan(entries, budget, self.objective)
+
+    def budget(self, bits: float | None, size: int | None) -> float:
+        """The budget in bits per weight."""
+        if size is not None:
+            return 8 * size / self.num_weights
+        return DEFAULT_BITS if bits is None else bits
 
     def budget_bits(self, bits: float | None, size: int | None) -> int:
         """The budget in stored bits, checked against the smallest plan.
@@ -91,7 +100,7 @@ class Costs:
                     f"tensors take at least {-(-self.smallest_bits // 8)} bytes"
                 )
             return 8 * size
-        wanted = DEFAULT_BITS if bits is None else bits
+        wanted = self.budget(bits, None)
         limit = math.floor(wanted * self.num_weights * (1 + 1e-12))
         if self.smallest_bits > limit:
             least = math.ceil(1000 * self.smallest_bits / self.num_weights) / 1000

@@ -1,6 +1,7 @@
 """Measures how much the network's outputs suffer when one tensor at a time is rounded."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,13 +14,24 @@ from afpq.correct import correct_biases
 from afpq.data import Data
 from afpq.errors import DataError
 
-__all__ = ["Progress", "measure_sensitivity", "split_samples"]
+__all__ = ["Progress", "Workshop", "measure_sensitivity", "split_samples", "stage"]
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 # Compensated rounding fits its samples: what it is worth is judged on this share of them, which it has not seen.
 _JUDGED = 1 / 3
 _MIN_SAMPLES_TO_SPLIT = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """What it takes to build a whole network and to judge it."""
+
+    judge: Judge
+    samples: Data  # to round on; others than the judge's
+    stats: Stats
+    num_threads: int = 1
+    progress: Progress | None = None
 
 
 def measure_sensitivity(
@@ -50,7 +62,7 @@ def measure_sensitivity(
                 for name, choices in probes.items()
             },
             num_threads=num_threads,
-            progress=_stage(progress, "probes"),
+            progress=stage(progress, "probes"),
         )
 
     def measure(task: tuple[Target, int]) -> tuple[float, float]:
@@ -63,7 +75,7 @@ def measure_sensitivity(
         biases = correct_biases(target.layers, stats, weights) if stats is not None else None
         return judge.losses(weights, biases)
 
-    report = _stage(progress, "sensitivity")
+    report = stage(progress, "sensitivity")
     points: dict[str, list[tuple[float, float]]] = {t.weight_name: [] for t in active}
     losses = _steadied(in_threads(measure, tasks, num_threads, report))
     for (target, number), loss in zip(tasks, losses, strict=True):
@@ -86,7 +98,8 @@ def _steadied(measured: Sequence[tuple[float, float]]) -> list[float]:
     return [float(x) for x in np.sqrt(loss * squared * ratio)]
 
 
-def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    """The progress of one stage."""
     return None if progress is None else lambda done, total: progress(name, done, total)
 
 

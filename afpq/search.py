@@ -21,7 +21,8 @@ from afpq._candidates import (
 )
 from afpq._costs import Costs
 from afpq._judge import OBJECTIVES, Judge, Objective, choose_objective
-from afpq._measure import Progress, measure_sensitivity, split_samples
+from afpq._measure import Progress, Workshop, measure_sensitivity, split_samples
+from afpq._second import second_pass
 from afpq._sensitivity import Sensitivity
 from afpq.calibrate import Stats
 from afpq.data import Data, open_data
@@ -60,6 +61,7 @@ class Mode:
     widths: tuple[int, ...]
     num_samples: int
     compensated: bool = True
+    second_pass: bool = False  # measure again where all layers are rounded, and choose again
 
 
 # The loss of one layer is close to linear in its error, and what one rounding does to it varies by a third: a few
@@ -68,7 +70,7 @@ class Mode:
 MODES = {
     "quick": Mode((4,), 32, compensated=False),
     "default": Mode((2, 3, 5), 64),
-    "best": Mode((2, 3, 4, 5, 7), 128),
+    "best": Mode((2, 3, 4, 5, 7), 128, second_pass=True),
 }
 
 
@@ -130,7 +132,10 @@ def search(
         threads=threads,
         progress=progress,
     )
-    return costs.plan(bits=bits, size=size)
+    if costs.shop is None or not MODES[mode].second_pass:
+        return costs.plan(bits=bits, size=size)
+    corrected, choice = second_pass(costs, costs.budget_bits(bits, size))
+    return corrected.plan_of(choice, costs.budget(bits, size))
 
 
 def measure(
@@ -178,10 +183,10 @@ def measure(
         return unmeasured
     if bits is not None or size is not None:
         unmeasured.budget_bits(bits, size)
-    losses, name = _losses(
+    losses, name, shop = _losses(
         model, active, found, stats, data, objective, MODES[mode], correct, threads, progress
     )
-    return replace(unmeasured, losses=losses, objective=name)
+    return replace(unmeasured, losses=losses, objective=name, shop=shop)
 
 
 def _losses(
@@ -195,11 +200,11 @@ def _losses(
     correct: bool,
     threads: int,
     progress: Progress | None,
-) -> tuple[dict[str, list[float]], str]:
-    """The predicted loss of every candidate, and the name of what was minimised."""
+) -> tuple[dict[str, list[float]], str, Workshop | None]:
+    """The predicted loss of every candidate, the name of what was minimised, and where it can be measured again."""
     if data is None:
         name = "weight_error" if stats is None else "output_error"
-        return {key: [c.noise for c in choices] for key, choices in found.items()}, name
+        return {key: [c.noise for c in choices] for key, choices in found.items()}, name, None
     samples = data if isinstance(data, Data) else open_data(data, model.inputs)
     fitted, judged = split_samples(samples) if correct and mode.compensated else (None, samples)
     judge = Judge(
@@ -218,7 +223,10 @@ def _losses(
     losses = {
         key: [sensitivities[key].loss(c.noise) for c in choices] for key, choices in found.items()
     }
-    return losses, judge.objective.name
+    if fitted is None or stats is None:
+        return losses, judge.objective.name, None
+    shop = Workshop(judge, fitted, stats, min(threads, _MAX_WORKERS), progress)
+    return losses, judge.objective.name, shop
 
 
 def _choose(
