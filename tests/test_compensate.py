@@ -303,7 +303,7 @@ def test_probes_in_the_rounded_network_begin_with_what_compensation_gives(models
     found = probe(
         network,
         data,
-        dict.fromkeys(start, [kept, other]),
+        dict.fromkeys(start, (kept, other)),
         weights={name: tensor.decode() for name, tensor in start.items()},
         biases={},
     )
