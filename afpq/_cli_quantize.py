@@ -100,7 +100,7 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     "--mode",
     type=click.Choice(["quick", "default", "best"]),
     default="default",
-    help="Work to do with --calib: nearest rounding (quick), compensated rounding, more probes (best).",
+    help="Work to do with --calib: nearest rounding (quick), compensated rounding, a second pass (best).",
 )
 @click.option(
     "--plan",
@@ -374,6 +374,8 @@ def _goal(job: "Job", size: int, result: "QuantizedModel | None") -> int:
     if goal is not None and not goal["met"]:
         note(f"error: goal missed: {goal['text']}, at most {goal['max_drop']:g} % were wanted")
         return GOAL_MISSED
+    if goal is not None and (goal["high"] is None or goal["high"] > goal["max_drop"]):
+        note(f"{goal['num_rows']:,} held-out rows cannot exclude a larger drop: more samples would")
     return 0
 
 

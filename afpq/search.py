@@ -106,7 +106,7 @@ def search(
         exclude: names or globs of layers that stay float.
         overrides: format by name or glob, such as {"conv1*": "e2m3"}, `float` to leave it alone; the last one wins.
         objective: `kl`, `squared_error`, or `auto`, which looks at the model's outputs.
-        mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes on more samples).
+        mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes, a second pass).
         correct: measure with compensated rounding and corrected biases, as the plan will be used.
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
