@@ -17,6 +17,7 @@ import onnxruntime as ort
 from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._probe import Feeds, random_feeds
+from afpq.activations import choose_activations
 from afpq.calibrate import Stats
 from afpq.compensate import Choice, compensate
 from afpq.correct import can_correct, correct_biases
@@ -33,7 +34,7 @@ from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import FloatModel, session
 from afpq.search import MODES
 
-__all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file"]
+__all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file", "with_activations"]
 
 # Ways to round and correct; the first of equal ones is kept.
 NEAREST = "nearest rounding"
@@ -99,6 +100,23 @@ def build_graph(
             f"{job.data_name} (held out of calibration and search)",
         ),
     )
+
+
+def with_activations(job: Job, plan: Plan, stats: Stats | None, progress: Progress) -> Plan:
+    """The plan, with static formats for what integer layers read where `a8` and data ask for them and it has none."""
+    wanted = job.activations == "a8" and plan.activations is None
+    if not wanted or stats is None or job.fit is None:
+        return plan
+    chosen = choose_activations(
+        job.model,
+        plan,
+        stats,
+        job.fit,
+        kind=job.kind,
+        threads=job.threads,
+        progress=progress,
+    )
+    return replace(plan, activations=chosen)
 
 
 def file_size(job: Job, plan: Plan) -> int:

@@ -70,9 +70,16 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     "--bits",
     type=click.FloatRange(2, 8),
     metavar="B",
-    help="Budget in bits per weight, scales included, 2..8; 5 without --bits and --size.",
+    help="Budget in bits per weight, scales included, 2..8; 5 if no other is given.",
 )
 @click.option("--size", callback=_size, metavar="BYTES", help="Budget for the file: 1.5MB, 800k.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100),
+    metavar="PCT",
+    help="Find the smallest model that loses no more on held-out samples: points of top-1 with labels, else percent "
+    "of changed first classes, else percent of error energy.",
+)
 @click.option(
     "--calib", metavar="SRC", help="Samples: .npz, folder of images or .npy, module:function."
 )
@@ -94,7 +101,7 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     "--mode",
     type=click.Choice(["quick", "default", "best"]),
     default="default",
-    help="Work to do with --calib: nearest rounding (quick), compensated rounding, more probes (best).",
+    help="Work to do with --calib: nearest rounding (quick), compensated rounding, a second pass (best).",
 )
 @click.option(
     "--plan",
@@ -147,6 +154,7 @@ class _Options:
     output: Path | None
     bits: float | None
     size: int | None
+    max_drop: float | None
     calib: str | None
     preprocess: str | None
     samples: int | None
@@ -168,7 +176,7 @@ class _Options:
 
 def _quantize(model: Path, options: _Options) -> int:
     _check_usage(model, options)
-    from afpq.quantize import build, find_plan, prepare
+    from afpq.quantize import build, find_plan, prepare, reach_goal
     from afpq.report import write_text
 
     plan = None if options.plan_file is None else read_plan(options.plan_file)
@@ -178,6 +186,7 @@ def _quantize(model: Path, options: _Options) -> int:
         data=options.calib,
         bits=options.bits,
         size=options.size,
+        max_drop=options.max_drop,
         preprocess=options.preprocess,
         samples=options.samples,
         activations=options.activations,
@@ -190,13 +199,20 @@ def _quantize(model: Path, options: _Options) -> int:
         threads=options.threads,
     )
     _say_defaults(job, options)
+    result: QuantizedModel | None = None
     with StageProgress() as progress:
-        found, stats = find_plan(job, progress=progress)
+        if job.max_drop is None:
+            found, stats = find_plan(job, progress=progress)
+        else:
+            result = reach_goal(job, progress=progress)
+            assert result.plan is not None
+            found = result.plan
         if options.save_plan is not None:
             write_text(options.save_plan, found.to_json())
         if options.dry_run:
-            return _print_dry_run(job, found, options)
-        result = build(job, found, stats, progress=progress)
+            return _print_dry_run(job, found, result, options)
+        if result is None:
+            result = build(job, found, stats, progress=progress)
         assert options.output is not None
         size = result.save(options.output)
     result.facts = replace(result.facts, command=_command_line(), seconds=dict(progress.seconds))
@@ -209,10 +225,13 @@ def _check_usage(model: Path, options: _Options) -> None:
     """Everything that can be wrong before a file is opened."""
     if options.output is None and not options.dry_run:
         raise click.UsageError("missing option -o OUT.onnx (or --dry-run)")
-    if options.bits is not None and options.size is not None:
-        raise click.UsageError("--bits and --size exclude each other")
-    if options.plan_file is not None and (options.bits is not None or options.size is not None):
-        raise click.UsageError("--plan already decides the sizes: leave out --bits and --size")
+    given_budgets = _budgets(options)
+    if len(given_budgets) > 1:
+        raise click.UsageError(f"{' and '.join(given_budgets)} exclude each other")
+    if options.plan_file is not None and given_budgets:
+        raise click.UsageError(f"--plan already decides the sizes: leave out {given_budgets[0]}")
+    if options.max_drop is not None and options.calib is None:
+        raise click.UsageError("--max-drop needs --calib")
     if options.plan_file is not None and (options.include or options.exclude or options.overrides):
         raise click.UsageError("--plan already says what every layer gets: edit the plan instead")
     if options.calib is None and (options.preprocess is not None or options.samples is not None):
@@ -231,15 +250,23 @@ def _check_usage(model: Path, options: _Options) -> None:
             check_output(path, force=options.force, sources=sources)
 
 
+def _budgets(options: _Options) -> list[str]:
+    """The options that were given of those that decide the size."""
+    values = {"--bits": options.bits, "--size": options.size, "--max-drop": options.max_drop}
+    return [name for name, value in values.items() if value is not None]
+
+
 def _say_defaults(job: "Job", options: _Options) -> None:
-    if options.bits is None and options.size is None and options.plan_file is None:
-        note(f"budget: {job.budget} (neither --bits nor --size was given)")
+    if options.plan_file is None and not _budgets(options):
+        note(f"budget: {job.budget} (none was given)")
     if options.calib is None and options.plan_file is None:
         note("no --calib: formats follow from weight error alone and nothing is measured on the")
         note("network, so accuracy may drop far more than with samples; check with afpq compare")
 
 
-def _print_dry_run(job: "Job", plan: "Plan", options: _Options) -> int:
+def _print_dry_run(
+    job: "Job", plan: "Plan", result: "QuantizedModel | None", options: _Options
+) -> int:
     from afpq.packed import file_bytes
     from afpq.quantize import file_size
 
@@ -252,13 +279,15 @@ def _print_dry_run(job: "Job", plan: "Plan", options: _Options) -> int:
                 "source_bytes": before,
                 "output_bytes": size,
                 "plan": json.loads(plan.to_json()),
+                "goal": None if result is None else result.facts.goal,
             }
         )
     else:
         _print_plan(plan)
+        _print_goal(result)
         print_line("dry run: nothing written")
         print_line(f"{job.model.path}: {format_change(before, size)}")
-    return _goal(job, size)
+    return _goal(job, size, result)
 
 
 def _print_plan(plan: "Plan") -> None:
@@ -283,13 +312,14 @@ def _print_result(job: "Job", result: "QuantizedModel", size: int, options: _Opt
     from afpq.packed import file_bytes
 
     before = file_bytes(job.model.path)
-    code = _goal(job, size)
+    code = _goal(job, size, result)
     if options.as_json:
         print_json({**result.summary(), "goal_met": code == 0})
         return code
     assert result.plan is not None
     _print_plan(result.plan)
     _print_facts(result)
+    _print_goal(result)
     print_line(f"{options.output}: {format_change(before, size)}")
     return code
 
@@ -332,10 +362,24 @@ def _numbers(output: dict[str, Any]) -> str:
     return ", ".join(parts) or output["kind"]
 
 
-def _goal(job: "Job", size: int) -> int:
+def _print_goal(result: "QuantizedModel | None") -> None:
+    goal = None if result is None else result.facts.goal
+    if goal is not None:
+        print_line(
+            f"goal: at most {goal['max_drop']:g} %; {goal['text']}, {len(goal['trials'])} models tried"
+        )
+
+
+def _goal(job: "Job", size: int, result: "QuantizedModel | None") -> int:
     if job.size is not None and size > job.size:
         note(f"error: goal missed: {size:,} bytes, the budget was {job.size:,}")
         return GOAL_MISSED
+    goal = None if result is None else result.facts.goal
+    if goal is not None and not goal["met"]:
+        note(f"error: goal missed: {goal['text']}, at most {goal['max_drop']:g} % were wanted")
+        return GOAL_MISSED
+    if goal is not None and (goal["high"] is None or goal["high"] > goal["max_drop"]):
+        note(f"{goal['num_rows']:,} held-out rows cannot exclude a larger drop: more samples would")
     return 0
 
 

@@ -31,6 +31,7 @@ class Job:
     plan: Plan | None = None
     bits: float | None = None
     size: int | None = None
+    max_drop: float | None = None  # percent, see `afpq._drop`
     fit: Data | None = None  # samples for calibration and search
     held_out: Data | None = None  # samples that only judge
     data_name: str = ""
@@ -48,6 +49,8 @@ class Job:
         """The limit in words; None if a given plan decides."""
         if self.size is not None:
             return f"{self.size:,} bytes for the file"
+        if self.max_drop is not None:
+            return f"a drop of at most {self.max_drop:g} %"
         return None if self.bits is None else f"{self.bits:g} bits per weight"
 
 
@@ -58,6 +61,7 @@ def prepare(
     data: object = None,
     bits: float | None = None,
     size: int | None = None,
+    max_drop: float | None = None,
     preprocess: str | None = None,
     samples: int | None = None,
     activations: str = "a16",
@@ -70,15 +74,17 @@ def prepare(
     threads: int = 0,
 ) -> Job:
     """Reads and checks everything that a run needs; see `quantize`."""
-    _check_choices(plan, bits, size, activations, kind, mode)
+    _check_choices(plan, bits, size, max_drop, activations, kind, mode)
     loaded = model if isinstance(model, Model) else load_model(model)
     if not loaded.layers:
         raise ModelError(f"{loaded.path}: nothing to quantize{_first_reason(loaded)}")
+    any_budget = any(x is not None for x in (plan, bits, size, max_drop))
     job = Job(
         model=loaded,
         plan=plan,
-        bits=DEFAULT_BITS if plan is None and bits is None and size is None else bits,
+        bits=DEFAULT_BITS if not any_budget else bits,
         size=size,
+        max_drop=max_drop,
         activations=activations,
         kind=kind,
         include=tuple(include),
@@ -90,11 +96,18 @@ def prepare(
     )
     _check_names(job)
     if data is None:
+        if max_drop is not None:
+            raise PlanError("max_drop needs data to judge by")
         return job
     opened = open_data(data, loaded.inputs, preprocess=preprocess, limit=samples)
     FloatModel(loaded, threads=threads).run(next(opened.batches(1)))
     name = str(data) if isinstance(data, str | Path) else type(data).__name__
     fit, held_out = _split(opened, seed)
+    if max_drop is not None and held_out is None:
+        raise PlanError(
+            f"max_drop judges held-out samples, and {opened.num_samples} are too few to hold any out: "
+            f"give {MIN_SAMPLES_TO_SPLIT} or more"
+        )
     return replace(job, fit=fit, held_out=held_out, data_name=name)
 
 
@@ -102,12 +115,17 @@ def _check_choices(
     plan: Plan | None,
     bits: float | None,
     size: int | None,
+    max_drop: float | None,
     activations: str,
     kind: str,
     mode: str,
 ) -> None:
-    if sum(x is not None for x in (plan, bits, size)) > 1:
-        raise PlanError("give one of plan, bits and size: each decides how large the model gets")
+    if sum(x is not None for x in (plan, bits, size, max_drop)) > 1:
+        raise PlanError(
+            "give one of plan, bits, size and max_drop: each decides how large the model gets"
+        )
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise PlanError(f"max_drop {max_drop:g} is not in the range 0..100 percent")
     if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
         raise PlanError(f"bits {bits:g} is not in the range {MIN_BITS:g}..{MAX_BITS:g}")
     if size is not None and size < 1:

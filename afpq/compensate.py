@@ -152,23 +152,43 @@ def probe(
     data: Data,
     choices: Mapping[str, Sequence[Choice]],
     *,
+    weights: Mapping[str, Floats] | None = None,
+    biases: Mapping[str, Floats] | None = None,
     num_threads: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, list[Rounded]]:
-    """Rounds each layer on its own, on the inputs it has in the float network, once for each of its choices.
+    """Rounds each layer on the inputs it has in the float network, once for each of its choices.
 
-    Keys are weight names; tensors that `compensate` passes by are missing.
+    With `weights` (values by weight_name, of all tensors) and `biases` (by layer name), on the inputs it has when every
+    layer before it has become its first choice; tensors that `compensate` passes by are as given. Keys are weight
+    names; those tensors are missing.
     """
     groups = groups_of(network.model, choices.keys())
     result: dict[str, list[Rounded]] = {}
-    steps = walk(network, data.take(_MAX_SAMPLES), groups, num_threads=num_threads)
+    walked = {layer.name: layer.weight_name for group in groups for layer in group}
+    changed = {n: w for n, w in (weights or {}).items() if n not in walked.values()}
+    used = {n: b for n, b in (biases or {}).items() if n not in walked}
+    steps = walk(
+        network,
+        data.take(_MAX_SAMPLES),
+        groups,
+        weights=None if weights is None else changed,
+        biases=used,
+        num_threads=num_threads,
+    )
     for done, step in enumerate(steps, 1):
         for layer, moments in zip(step.layers, step.moments, strict=True):
+            name = layer.weight_name
             if moments.is_finite:
-                result[layer.weight_name] = [
+                result[name] = [
                     round_layer(layer, moments, choice, num_threads=num_threads)
-                    for choice in choices[layer.weight_name]
+                    for choice in choices[name]
                 ]
+            if name in result:
+                changed[name], used[layer.name] = result[name][0].values, result[name][0].bias
+            elif weights is not None:
+                changed[name] = weights[name]
+                used |= {n: b for n, b in (biases or {}).items() if n == layer.name}
         if progress is not None:
             progress(done, len(groups))
     return result

@@ -46,6 +46,8 @@ class OutputComparison:
     top1_reference: float | None = None
     top1: float | None = None
     top1_stderr: float | None = None
+    top1_lost: int | None = None  # rows that only the reference gets right
+    top1_gained: int | None = None  # rows that only the quantized model gets right
     top5_reference: float | None = None
     top5: float | None = None
     agreement: float | None = (
@@ -56,6 +58,8 @@ class OutputComparison:
     kl_stderr: float | None = None
     cosine: float | None = None  # mean over samples
     cosine_min: float | None = None
+    relative_error: float | None = None  # energy of the error over that of the reference, of values
+    relative_error_stderr: float | None = None
     sqnr_db: float | None = None  # infinity if equal
     note: str = ""  # why a number is missing that could be expected
 
@@ -184,6 +188,11 @@ class _Mean:
         return self.total / self.count if self.count else None
 
     @property
+    def hits(self) -> int | None:
+        """How many were true, of a share."""
+        return round(self.total) if self.count else None
+
+    @property
     def stderr(self) -> float | None:
         """Of a share this is the binomial sqrt(p (1 - p) / n)."""
         if not self.count:
@@ -193,12 +202,40 @@ class _Mean:
 
 
 @dataclass
+class _Ratio:
+    """The ratio of two sums over samples, with its standard error (first order, samples independent)."""
+
+    count: int = 0
+    sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))  # above, below
+    products: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 2)))
+
+    def add(self, above: Array, below: Array) -> None:
+        both = np.stack((above, below)).astype(np.float64)  # [2, samples]
+        self.count += both.shape[1]
+        self.sums += both.sum(1)
+        self.products += both @ both.T
+
+    @property
+    def value(self) -> float | None:
+        return float(self.sums[0] / self.sums[1]) if self.sums[1] > 0 else None
+
+    @property
+    def stderr(self) -> float | None:
+        if self.value is None or self.count < 2:
+            return None
+        weights = np.array([1.0, -self.value])
+        spread = max(float(weights @ self.products @ weights), 0.0)
+        return math.sqrt(spread * self.count / (self.count - 1)) / float(self.sums[1])
+
+
+@dataclass
 class _Tally:
     """What is kept of one output."""
 
     name: str
     kind: str = ""
     energy: _Energy = field(default_factory=_Energy)
+    error: _Ratio = field(default_factory=_Ratio)
     means: dict[str, _Mean] = field(default_factory=dict)
     num_rows: int = 0
     note: str = ""
@@ -219,6 +256,8 @@ class _Tally:
         self.num_rows += len(a)
         if self.kind == "values":
             self._mean("cosine").add(_metrics.cosines(a, b))
+            wide = a.astype(np.float64)
+            self.error.add(np.square(wide - b).sum(1), np.square(wide).sum(1))
             return
         self._mean("agreement").add(a.argmax(-1) == b.argmax(-1))
         self._mean("kl").add(_metrics.kl_divergence(a, b, self.kind))
@@ -232,11 +271,17 @@ class _Tally:
             self.means = {key: mean for key, mean in self.means.items() if key[:3] != "top"}
         if self.note:
             return
-        for key, rows in (("reference", a), ("quantized", b)):
-            ranks = _metrics.label_ranks(rows, labels)
-            self._mean(f"top1 {key}").add(ranks < 1)
+        ranks = {
+            "reference": _metrics.label_ranks(a, labels),
+            "quantized": _metrics.label_ranks(b, labels),
+        }
+        for key, found in ranks.items():
+            self._mean(f"top1 {key}").add(found < 1)
             if a.shape[1] > 5:
-                self._mean(f"top5 {key}").add(ranks < 5)
+                self._mean(f"top5 {key}").add(found < 5)
+        right, still_right = (found < 1 for found in ranks.values())
+        self._mean("top1 lost").add(right & ~still_right)
+        self._mean("top1 gained").add(still_right & ~right)
 
     def _check(self, reference: Array, other: Array) -> None:
         for which, array in (("reference", reference), ("quantized model", other)):
@@ -258,6 +303,8 @@ class _Tally:
             top1_reference=get["top1 reference"].mean,
             top1=get["top1 quantized"].mean,
             top1_stderr=get["top1 quantized"].stderr,
+            top1_lost=get["top1 lost"].hits,
+            top1_gained=get["top1 gained"].hits,
             top5_reference=get["top5 reference"].mean,
             top5=get["top5 quantized"].mean,
             agreement=get["agreement"].mean,
@@ -266,6 +313,8 @@ class _Tally:
             kl_stderr=get["kl"].stderr,
             cosine=cosine.mean,
             cosine_min=cosine.low if cosine.count else None,
+            relative_error=self.error.value,
+            relative_error_stderr=self.error.stderr,
             sqnr_db=sqnr,
             note=self.note,
         )
@@ -274,6 +323,8 @@ class _Tally:
 _MEANS = (
     "top1 reference",
     "top1 quantized",
+    "top1 lost",
+    "top1 gained",
     "top5 reference",
     "top5 quantized",
     "agreement",

@@ -16,10 +16,17 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime as ort
 
-from afpq._build import build_graph, check_budget, file_size, session_of, try_file
+from afpq._build import (
+    build_graph,
+    check_budget,
+    file_size,
+    session_of,
+    try_file,
+    with_activations,
+)
 from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
-from afpq.activations import choose_activations
+from afpq._smallest import smallest_model
 from afpq.calibrate import Stats, calibrate
 from afpq.errors import ModelError
 from afpq.graph import Model
@@ -40,6 +47,7 @@ __all__ = [
     "load",
     "prepare",
     "quantize",
+    "reach_goal",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -114,6 +122,7 @@ def quantize(
     data: object = None,
     bits: float | None = None,
     size: int | None = None,
+    max_drop: float | None = None,
     preprocess: str | None = None,
     samples: int | None = None,
     activations: str = "a16",
@@ -129,9 +138,12 @@ def quantize(
     """Quantizes a model under a budget (5 bits per weight if none is given), or as a plan says.
 
     With `data` the formats are chosen by measured sensitivity and rounding is compensated; a quarter of the samples is
-    held out to prove that it helps. `mode` says how much work that is: `quick` rounds to nearest and corrects biases,
-    `best` measures more than `default`. `stats` spares the calibration. Without both, formats follow from weight error
-    alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is.
+    held out to prove that it helps. `max_drop`, in place of a budget, finds the smallest model that loses no more on
+    these: points of top-1 if the data has labels, else percent of changed first classes, else percent of error energy
+    (`facts.goal` says how much it was, how sure that is, and whether the goal was met). `mode` says how much work is
+    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default`. `stats` spares the
+    calibration. Without both, formats follow from weight error alone. `seed` draws the held-out samples. The same
+    arguments give the same bytes, whatever `threads` is.
 
     Raises:
         ModelError: the model cannot be read, or has nothing to quantize.
@@ -144,6 +156,7 @@ def quantize(
         data=data,
         bits=bits,
         size=size,
+        max_drop=max_drop,
         preprocess=preprocess,
         samples=samples,
         activations=activations,
@@ -155,6 +168,8 @@ def quantize(
         seed=seed,
         threads=threads,
     )
+    if max_drop is not None:
+        return reach_goal(job, stats, progress=progress)
     found, known = find_plan(job, stats, progress=progress)
     return build(job, found, known, progress=progress)
 
@@ -182,12 +197,7 @@ def find_plan(
     progress = progress or _silent
     size = None if job.plan is not None else check_budget(job)
     if stats is None and job.fit is not None:
-        stats = calibrate(
-            job.model,
-            job.fit,
-            threads=job.threads,
-            progress=progress,
-        )
+        stats = calibrate(job.model, job.fit, threads=job.threads, progress=progress)
     plan = job.plan
     if plan is None:
         plan = search(
@@ -204,18 +214,7 @@ def find_plan(
             threads=job.threads,
             progress=progress,
         )
-    if job.activations == "a8" and plan.activations is None and job.fit is not None and stats:
-        chosen = choose_activations(
-            job.model,
-            plan,
-            stats,
-            job.fit,
-            kind=job.kind,
-            threads=job.threads,
-            progress=progress,
-        )
-        plan = replace(plan, activations=chosen)
-    return plan, stats
+    return with_activations(job, plan, stats, progress), stats
 
 
 def build(
@@ -223,8 +222,29 @@ def build(
 ) -> QuantizedModel:
     """Encodes the weights as the plan says, compensates what rounding lost if that helps, and rewrites the graph."""
     packed, facts = build_graph(job, plan, stats, progress or _silent)
-    probe = None if job.fit is None else next(job.fit.batches(1))
-    return QuantizedModel(packed, plan, facts, probe=probe)
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job))
+
+
+def reach_goal(
+    job: Job, stats: Stats | None = None, *, progress: Progress | None = None
+) -> QuantizedModel:
+    """Calibrates and searches once, and builds under several budgets: the smallest model within `job.max_drop`.
+
+    If none is, the one that loses least; `facts.goal["met"]` tells.
+
+    Raises:
+        PlanError: the model has no output to judge.
+    """
+    progress = progress or _silent
+    if stats is None:
+        assert job.fit is not None
+        stats = calibrate(job.model, job.fit, threads=job.threads, progress=progress)
+    plan, packed, facts = smallest_model(job, stats, progress)
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job))
+
+
+def _first_input(job: Job) -> Feeds | None:
+    return None if job.fit is None else next(job.fit.batches(1))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

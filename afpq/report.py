@@ -63,6 +63,7 @@ class RunFacts:
     calibration: Mapping[str, Any] | None = None
     correction: Mapping[str, Any] | None = None
     accuracy: Mapping[str, Any] | None = None
+    goal: Mapping[str, Any] | None = None  # what --max-drop asked for and what it found
     checks: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -98,6 +99,7 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
         "objective": facts.objective,
         "predicted_loss": facts.predicted_loss,
         "accuracy": facts.accuracy,
+        "goal": facts.goal,
         "layers": _layers(model, facts),
         "left_float": [dict(entry) for entry in facts.left_float],
         "float_tensors": [asdict(t) for t in model.floats],
@@ -186,6 +188,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     sections = (
         _headline(report),
         _accuracy(report["accuracy"]),
+        _goal(report["goal"]),
         _layer_table(report["layers"]),
         _remarks(report["layers"]),
         _float_part(report["left_float"], report["float_tensors"]),
@@ -270,6 +273,21 @@ def _accuracy(accuracy: Mapping[str, Any] | None) -> str:
         title = f"Output `{output['name']}` ({output['kind']})"
         parts.append(f"{title}\n\n{_table(('metric', 'value'), numbers)}")
     return "\n\n".join(parts)
+
+
+def _goal(goal: Mapping[str, Any] | None) -> str:
+    if goal is None:
+        return ""
+    met = "met" if goal["met"] else "missed"
+    rows = [
+        (f"{t['bits_per_weight']:.3f}", f"{t['percent']:.3g}", "yes" if t["met"] else "no")
+        for t in sorted(goal["trials"], key=lambda t: t["bits_per_weight"])
+    ]
+    return (
+        f"## Goal\n\nA drop of at most {goal['max_drop']:g} %: {met}, {goal['text']}. All trials were judged on the "
+        "same samples, so the one that was chosen may look better than it is.\n\n"
+        + _table(("bits per weight", "drop, %", "within the limit"), rows)
+    )
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> str:

@@ -7,11 +7,9 @@ their expected output error or their weight error; the plan's `objective` says w
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from afpq._candidates import (
     DEFAULT_FORMATS,
@@ -21,16 +19,17 @@ from afpq._candidates import (
     quantized_values,
     targets,
 )
-from afpq._judge import OBJECTIVES, Judge, Objective, choose_objective, in_threads
+from afpq._costs import Costs
+from afpq._judge import OBJECTIVES, Judge, Objective, choose_objective
+from afpq._measure import Progress, Workshop, measure_sensitivity, split_samples
+from afpq._second import second_pass
 from afpq._sensitivity import Sensitivity
 from afpq.calibrate import Stats
-from afpq.compensate import Choice, Rounded, probe
-from afpq.correct import correct_biases
 from afpq.data import Data, open_data
-from afpq.errors import DataError, PlanError
+from afpq.errors import PlanError
 from afpq.formats import AfpFormat
 from afpq.graph import Model, load_model
-from afpq.plan import Option, Plan, PlanEntry, allocate, match_names, read_format
+from afpq.plan import Plan, match_names, read_format
 from afpq.runtime import FloatModel
 
 __all__ = [
@@ -38,25 +37,21 @@ __all__ = [
     "MODES",
     "OBJECTIVES",
     "Candidate",
+    "Costs",
     "Judge",
     "Objective",
     "Sensitivity",
     "Target",
     "candidates",
     "choose_objective",
+    "measure",
     "measure_sensitivity",
     "quantized_values",
     "search",
     "targets",
 ]
 
-Progress = Callable[[str, int, int], None]  # stage, done, in all
-
 _MAX_WORKERS = 8  # each holds a network of its own
-DEFAULT_BITS = 5.0
-# Compensated rounding fits its samples: what it is worth is judged on this share of them, which it has not seen.
-_JUDGED = 1 / 3
-_MIN_SAMPLES_TO_SPLIT = 12
 
 
 @dataclass(frozen=True)
@@ -66,14 +61,16 @@ class Mode:
     widths: tuple[int, ...]
     num_samples: int
     compensated: bool = True
+    second_pass: bool = False  # measure again where all layers are rounded, and choose again
 
 
 # The loss of one layer is close to linear in its error, and what one rounding does to it varies by a third: a few
-# probes tell as much as all widths. At two bits layers collapse, which says nothing about the wider formats.
+# probes tell as much as all widths. At two bits layers collapse: no wider probe foresees it (losses come out as high as
+# twice what it would say), and what is measured there counts only between two and three bits.
 MODES = {
     "quick": Mode((4,), 32, compensated=False),
-    "default": Mode((3, 5), 64),
-    "best": Mode((3, 4, 5, 7), 128),
+    "default": Mode((2, 3, 5), 64),
+    "best": Mode((2, 3, 4, 5, 7), 128, second_pass=True),
 }
 
 
@@ -109,7 +106,7 @@ def search(
         exclude: names or globs of layers that stay float.
         overrides: format by name or glob, such as {"conv1*": "e2m3"}, `float` to leave it alone; the last one wins.
         objective: `kl`, `squared_error`, or `auto`, which looks at the model's outputs.
-        mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes on more samples).
+        mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes, a second pass).
         correct: measure with compensated rounding and corrected biases, as the plan will be used.
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
@@ -117,14 +114,61 @@ def search(
     Raises:
         PlanError: the budget is too small, a pattern matches nothing, or an option does not exist.
     """
-    _check_options(bits, size, kind, formats, objective, mode)
+    _check_budget(bits, size)
+    costs = measure(
+        model,
+        stats,
+        bits=bits,
+        size=size,
+        data=data,
+        kind=kind,
+        formats=formats,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        objective=objective,
+        mode=mode,
+        correct=correct,
+        threads=threads,
+        progress=progress,
+    )
+    if costs.shop is None or not MODES[mode].second_pass:
+        return costs.plan(bits=bits, size=size)
+    corrected, choice = second_pass(costs, costs.budget_bits(bits, size))
+    return corrected.plan_of(choice, costs.budget(bits, size))
+
+
+def measure(
+    model: Model | str | Path,
+    stats: Stats | None = None,
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    data: object = None,
+    kind: str = "real",
+    formats: Sequence[AfpFormat] = DEFAULT_FORMATS,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    objective: str = "auto",
+    mode: str = "default",
+    correct: bool = True,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Costs:
+    """What `search` does before it chooses: the costs of all candidates, for plans under several budgets.
+
+    A budget is optional, and only refused if it is too small, before the heavy steps. For the rest see `search`.
+
+    Raises:
+        PlanError: as `search`.
+    """
+    _check_options(kind, formats, objective, mode)
     model = model if isinstance(model, Model) else load_model(model)
     threads = threads or os.cpu_count() or 1
     pins = _choose(model, include, exclude, overrides or {})
-    every = targets(model.layers, stats)
+    every = tuple(targets(model.layers, stats))
     active = [t for t in every if pins[t.weight_name] is not None]
-    if not active:
-        return Plan(tuple(_float_entry(t) for t in every), None, "none")
     found = {}
     for done, target in enumerate(active):
         pinned = pins[target.weight_name]
@@ -134,110 +178,21 @@ def search(
         )
         if progress is not None:
             progress("formats", done + 1, len(active))
-    budget_bits = _budget(active, found, bits, size)
-    losses, measured = _losses(
+    unmeasured = Costs(every, found, {}, "none")
+    if not active:
+        return unmeasured
+    if bits is not None or size is not None:
+        unmeasured.budget_bits(bits, size)
+    losses, name, shop = _losses(
         model, active, found, stats, data, objective, MODES[mode], correct, threads, progress
     )
-    options = [
-        [
-            Option(c.storage_bits, x)
-            for c, x in zip(found[t.weight_name], losses[t.weight_name], strict=True)
-        ]
-        for t in active
-    ]
-    choice = allocate(options, budget_bits)
-    chosen = {
-        t.weight_name: _entry(t, found[t.weight_name][j], losses[t.weight_name][j])
-        for t, j in zip(active, choice, strict=True)
-    }
-    weights = sum(t.weight.size for t in active)
-    entries = tuple(chosen.get(t.weight_name) or _float_entry(t) for t in every)
-    return Plan(entries, budget_bits / weights if bits is None else bits, measured)
-
-
-def measure_sensitivity(
-    judge: Judge,
-    active: Sequence[Target],
-    found: Mapping[str, Sequence[Candidate]],
-    *,
-    widths: Sequence[int] = MODES["default"].widths,
-    stats: Stats | None = None,
-    samples: Data | None = None,
-    num_threads: int = 1,
-    progress: Progress | None = None,
-) -> dict[str, Sensitivity]:
-    """Rounds one tensor at a time, at about `widths` bits, and measures the loss of the whole network.
-
-    With `samples` rounding is compensated where it can be; with `stats` the biases of other layers are corrected
-    meanwhile. Keys are weight names; the sensitivities are functions of a candidate's `noise`.
-    """
-    probes = {t.weight_name: _probes(found[t.weight_name], widths) for t in active}
-    tasks = [(t, number) for t in active for number in range(len(probes[t.weight_name]))]
-    compensated: dict[str, list[Rounded]] = {}
-    if samples is not None:
-        compensated = probe(
-            judge.network,
-            samples,
-            {
-                name: [Choice(c.format, c.kind, c.granularity) for c in choices]
-                for name, choices in probes.items()
-            },
-            num_threads=num_threads,
-            progress=_stage(progress, "probes"),
-        )
-
-    def measure(task: tuple[Target, int]) -> tuple[float, float]:
-        target, number = task
-        name = target.weight_name
-        if name in compensated:
-            rounded = compensated[name][number]
-            return judge.losses({name: rounded.values}, {target.names[0]: rounded.bias})
-        weights = {name: quantized_values(target, probes[name][number], num_threads=1)}
-        biases = correct_biases(target.layers, stats, weights) if stats is not None else None
-        return judge.losses(weights, biases)
-
-    report = _stage(progress, "sensitivity")
-    points: dict[str, list[tuple[float, float]]] = {t.weight_name: [] for t in active}
-    losses = _steadied(in_threads(measure, tasks, num_threads, report))
-    for (target, number), loss in zip(tasks, losses, strict=True):
-        name = target.weight_name
-        points[name].append((probes[name][number].noise, loss))
-    return {name: Sensitivity.fit(p) for name, p in points.items()}
-
-
-def _steadied(measured: Sequence[tuple[float, float]]) -> list[float]:
-    """Losses, each averaged (in the logarithm) with what its squared error says at the ratio that is common.
-
-    The KL divergence on a few samples is decided by those that the network is not sure of; all samples tell the squared
-    error. Where the loss is the squared error itself, nothing changes.
-    """
-    tiny = np.finfo(np.float64).tiny
-    loss, squared = np.maximum(np.array(measured, np.float64).reshape(-1, 2), tiny).T
-    if not len(loss):
-        return []
-    ratio = np.exp(np.median(np.log(loss / squared)))
-    return [float(x) for x in np.sqrt(loss * squared * ratio)]
-
-
-def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)
-
-
-def _probes(choices: Sequence[Candidate], widths: Sequence[int]) -> list[Candidate]:
-    """For every width the candidate with the least noise; the nearest widths that exist."""
-    by_width: dict[int, Candidate] = {}
-    for c in choices:
-        best = by_width.get(c.format.bits)
-        if best is None or c.noise < best.noise:
-            by_width[c.format.bits] = c
-    nearest = {min(by_width, key=lambda b: (abs(b - w), b)) for w in widths}
-    return [by_width[b] for b in sorted(nearest)]
+    return replace(unmeasured, losses=losses, objective=name, shop=shop)
 
 
 def _losses(
     model: Model,
-    active: list[Target],
-    found: Mapping[str, list[Candidate]],
+    active: Sequence[Target],
+    found: Mapping[str, Sequence[Candidate]],
     stats: Stats | None,
     data: object,
     objective: str,
@@ -245,13 +200,13 @@ def _losses(
     correct: bool,
     threads: int,
     progress: Progress | None,
-) -> tuple[dict[str, list[float]], str]:
-    """The predicted loss of every candidate, and the name of what was minimised."""
+) -> tuple[dict[str, list[float]], str, Workshop | None]:
+    """The predicted loss of every candidate, the name of what was minimised, and where it can be measured again."""
     if data is None:
         name = "weight_error" if stats is None else "output_error"
-        return {key: [c.noise for c in choices] for key, choices in found.items()}, name
+        return {key: [c.noise for c in choices] for key, choices in found.items()}, name, None
     samples = data if isinstance(data, Data) else open_data(data, model.inputs)
-    fitted, judged = _split(samples) if correct and mode.compensated else (None, samples)
+    fitted, judged = split_samples(samples) if correct and mode.compensated else (None, samples)
     judge = Judge(
         FloatModel(model, threads=1), judged, objective=objective, max_samples=mode.num_samples
     )
@@ -268,17 +223,10 @@ def _losses(
     losses = {
         key: [sensitivities[key].loss(c.noise) for c in choices] for key, choices in found.items()
     }
-    return losses, judge.objective.name
-
-
-def _split(samples: Data) -> tuple[Data | None, Data]:
-    """Samples to fit probes on, and others to judge them by; only the latter where there are too few."""
-    if samples.num_samples < _MIN_SAMPLES_TO_SPLIT:
-        return None, samples
-    try:
-        return samples.split(_JUDGED)
-    except DataError:
-        return None, samples
+    if fitted is None or stats is None:
+        return losses, judge.objective.name, None
+    shop = Workshop(judge, fitted, stats, min(threads, _MAX_WORKERS), progress)
+    return losses, judge.objective.name, shop
 
 
 def _choose(
@@ -307,67 +255,16 @@ def _choose(
     return pins
 
 
-def _budget(
-    active: Sequence[Target],
-    found: Mapping[str, Sequence[Candidate]],
-    bits: float | None,
-    size: int | None,
-) -> int:
-    """The budget in bits, checked against the smallest plan."""
-    weights = sum(t.weight.size for t in active)
-    smallest = sum(min(c.storage_bits for c in found[t.weight_name]) for t in active)
-    if size is not None:
-        if smallest > 8 * size:
-            raise PlanError(
-                f"a size of {size} bytes is impossible: the {len(active)} quantized tensors "
-                f"take at least {-(-smallest // 8)} bytes"
-            )
-        return 8 * size
-    wanted = DEFAULT_BITS if bits is None else bits
-    limit = math.floor(wanted * weights * (1 + 1e-12))
-    if smallest > limit:
-        raise PlanError(
-            f"a budget of {wanted:g} bits per weight is impossible: the {len(active)} quantized "
-            f"tensors take at least {math.ceil(1000 * smallest / weights) / 1000:.3f}, scales and "
-            "padding included"
-        )
-    return limit
-
-
-def _entry(target: Target, candidate: Candidate, loss: float) -> PlanEntry:
-    n, k = target.weight.shape
-    return PlanEntry(
-        layers=target.names,
-        weight_name=target.weight_name,
-        n=n,
-        k=k,
-        format=candidate.format,
-        kind=candidate.kind,
-        granularity=candidate.granularity,
-        error=candidate.error,
-        predicted_loss=loss,
-    )
-
-
-def _float_entry(target: Target) -> PlanEntry:
-    n, k = target.weight.shape
-    return PlanEntry(target.names, target.weight_name, n, k, None)
-
-
-def _check_options(
-    bits: float | None,
-    size: int | None,
-    kind: str,
-    formats: Sequence[AfpFormat],
-    objective: str,
-    mode: str,
-) -> None:
+def _check_budget(bits: float | None, size: int | None) -> None:
     if bits is not None and size is not None:
         raise PlanError("a budget is either bits or size, not both")
     if bits is not None and not (math.isfinite(bits) and bits > 0):
         raise PlanError(f"a budget of {bits} bits per weight is not a positive number")
     if size is not None and size <= 0:
         raise PlanError(f"a size of {size} bytes is not positive")
+
+
+def _check_options(kind: str, formats: Sequence[AfpFormat], objective: str, mode: str) -> None:
     if kind not in ("real", "integer"):
         raise PlanError(f"exponent bias kind {kind!r} is not one of real, integer")
     if not formats or not all(f.signed for f in formats):

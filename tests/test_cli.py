@@ -114,7 +114,7 @@ def test_defaults_are_stated(lenet: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run("quantize", lenet, "-o", lenet.with_name("out.onnx")) == 0
 
     text = capsys.readouterr().err
-    assert "budget: 5 bits per weight (neither --bits nor --size was given)" in text
+    assert "budget: 5 bits per weight (none was given)" in text
     assert "no --calib: formats follow from weight error alone" in text
 
 
@@ -167,6 +167,36 @@ def test_a_missed_goal_has_its_own_exit_code(
 
     assert "error: goal missed: " in capsys.readouterr().err
     assert out.exists()
+
+
+def test_a_drop_is_kept_and_stated_with_its_uncertainty(
+    lenet: Path, calibration: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = lenet.with_name("out.onnx"), lenet.with_name("r.md")
+    options = ("--calib", calibration, "--samples", 64, "--mode", "quick", "--max-drop", 5)
+
+    assert run("quantize", lenet, "-o", out, "--report", report, *options) == 0
+
+    text = capsys.readouterr()
+    assert "goal: at most 5 %; " in text.out and "points of top-1 lost (95%: " in text.out
+    assert "16 held-out rows cannot exclude a larger drop" in text.err
+    assert "## Goal" in report.read_text()
+    assert run("quantize", lenet, "--dry-run", "--json", *options) == 0
+    assert json.loads(capsys.readouterr().out)["goal"]["met"] is True
+
+
+def test_a_missed_drop_has_the_exit_code_of_a_missed_goal(
+    lenet: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(calibration) as arrays:
+        np.savez(tmp_path / "unlabelled.npz", input=arrays["input"])
+    out = lenet.with_name("out.onnx")
+    options = ("--samples", 200, "--mode", "quick", "--max-drop", 0, "--layer", "*=e0m1")
+
+    code = run("quantize", lenet, "-o", out, "--calib", tmp_path / "unlabelled.npz", *options)
+
+    assert code == 3 and out.exists()
+    assert "goal missed: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["md", "json"])
@@ -431,7 +461,9 @@ def test_a_glob_that_matches_nothing(
         (("--plan", "p.json", "--bits", "4"), 2, "--plan already decides"),
         (("--dry-run", "--report", "r.md"), 2, "--dry-run writes none"),
         (("--activations", "a4"), 2, "a4"),
-        (("--max-drop", "1"), 2, "no such option"),
+        (("--max-drop", "1"), 2, "--max-drop needs --calib"),
+        (("--max-drop", "1", "--bits", "4"), 2, "--bits and --max-drop exclude each other"),
+        (("--max-drop", "1", "--plan", "p.json"), 2, "leave out --max-drop"),
     ],
 )
 def test_wrong_options(

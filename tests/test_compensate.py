@@ -286,6 +286,35 @@ def test_probes_are_made_for_every_choice(models: Path) -> None:
     assert all(a.sqnr_db + 12 < b.sqnr_db for a, b in found.values())
 
 
+def test_probes_in_the_rounded_network_begin_with_what_compensation_gives(models: Path) -> None:
+    model = load_model(models / "lenet5_digits.onnx")
+    data = open_data(models / "digits_calibration.npz", model.inputs).take(24)
+    network, kept, other = (
+        FloatModel(model, threads=1),
+        Choice(AfpFormat(2, 1)),
+        Choice(AfpFormat(0, 1)),
+    )
+    start = {}
+    for name, layer in model.tensors().items():
+        scale, _ = best_scale(layer.weight, kept.format)
+        start[name] = quantize_tensor(layer.weight, kept.format, scale)
+    tensors, biases, _ = compensate(network, data, dict.fromkeys(start, kept), start, {})
+
+    found = probe(
+        network,
+        data,
+        dict.fromkeys(start, (kept, other)),
+        weights={name: tensor.decode() for name, tensor in start.items()},
+        biases={},
+    )
+
+    for layer in model.layers:
+        first, second = found[layer.weight_name]
+        np.testing.assert_array_equal(first.values, tensors[layer.weight_name].decode())
+        np.testing.assert_array_equal(first.bias, biases[layer.name])
+        assert second.sqnr_db < first.sqnr_db
+
+
 def test_shared_weights_and_long_rows_are_passed_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,15 @@ def test_without_labels_there_is_no_accuracy(pair: tuple[Path, Path]) -> None:
     assert output.agreement is not None
 
 
+def test_rows_that_change_sides_are_counted(pair: tuple[Path, Path]) -> None:
+    x, labels = normal(60, 8), np.arange(60) % 10
+    output = only_output(compare(*pair, {"x": x, "labels": labels}))
+    before, after = (run(path, x).argmax(1) == labels for path in pair)
+    assert output.top1_lost == (before & ~after).sum()
+    assert output.top1_gained == (after & ~before).sum()
+    assert only_output(compare(*pair, x)).top1_lost is None
+
+
 def test_few_classes_have_no_top5(tmp_path: Path) -> None:
     path = linear(tmp_path / "a.onnx", normal(32, 4))
     data = {"x": normal(6, 32), "labels": np.zeros(6, int)}
@@ -227,6 +236,12 @@ def test_embeddings_are_compared_by_cosine(tmp_path: Path) -> None:
     assert (output.kind, output.kl, output.agreement) == ("values", None, None)
     assert output.cosine == pytest.approx(expected.mean())
     assert output.cosine_min == pytest.approx(expected.min())
+    noise, signal = np.square(p - q).sum(1), np.square(p).sum(1)
+    assert output.relative_error == pytest.approx(noise.sum() / signal.sum())
+    # The error of a ratio by the jackknife, which knows nothing of its derivatives.
+    left_out = (noise.sum() - noise) / (signal.sum() - signal)
+    jackknife = math.sqrt(29 * np.var(left_out))
+    assert output.relative_error_stderr == pytest.approx(jackknife, rel=0.1)
 
 
 def test_tokens_are_rows_of_a_language_model(tmp_path: Path) -> None:

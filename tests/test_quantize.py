@@ -215,7 +215,7 @@ def test_report_needs_a_saved_model(lenet: Path, tmp_path: Path) -> None:
     [
         ({"bits": 9}, r"bits 9 is not in the range 2\.\.8"),
         ({"bits": float("nan")}, "bits nan is not in the range"),
-        ({"bits": 5, "size": 1000}, "one of plan, bits and size"),
+        ({"bits": 5, "size": 1000}, "one of plan, bits, size and max_drop"),
         ({"size": 0}, "size 0 is not a positive"),
         ({"activations": "a4"}, "activations 'a4' is not one of"),
         ({"kind": "fixed"}, "kind 'fixed' is not one of"),

@@ -26,7 +26,7 @@ LAYERS = (
     ("data", "runtime"),
     ("calibrate", "plan", "correct", "rewrite"),
     ("activations", "compensate"),
-    ("search",),
+    ("learn", "search"),
     ("bench", "doctor", "evaluate", "quantize", "report", "simulate", "verify"),
     ("cli",),
 )

@@ -23,6 +23,7 @@ from afpq.report import (
     write_report,
     write_text,
 )
+from afpq.report import _goal as goal_section
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_pipes_in_names_do_not_break_tables() -> None:
         "left_float": [{"name": "a|b", "op_type": "Conv", "num_weights": 3, "reason": "why"}],
     }
     empty: dict[str, Any] = dict.fromkeys(
-        ("source", "budget", "objective", "predicted_loss", "accuracy", "calibration")
+        ("source", "budget", "objective", "predicted_loss", "accuracy", "goal", "calibration")
     )
     lists: dict[str, Any] = {"layers": [], "float_tensors": [], "command": None, "correction": None}
     maps: dict[str, Any] = {"checks": {}, "seconds": {}, "environment": {}}
@@ -214,3 +215,22 @@ def test_environment_names_the_instruction_set() -> None:
 
 def test_facts_default_to_unknown() -> None:
     assert RunFacts().accuracy is None and dict(RunFacts().layers) == {}
+
+
+def test_a_goal_is_reported_with_its_trials() -> None:
+    goal = {
+        "max_drop": 1.0,
+        "met": True,
+        "text": "0.5 points of top-1 lost (95%: -1 to 2; 200 rows)",
+        "trials": [
+            {"bits_per_weight": 4.5, "percent": 0.5, "met": True},
+            {"bits_per_weight": 3.25, "percent": 2.0, "met": False},
+        ],
+    }
+
+    text = goal_section(goal)
+
+    assert "A drop of at most 1 %: met, 0.5 points of top-1 lost (95%: -1 to 2; 200 rows)." in text
+    rows = text.splitlines()[-2:]
+    assert rows == ["| 3.250 | 2 | no |", "| 4.500 | 0.5 | yes |"]
+    assert goal_section(None) == ""

@@ -6,6 +6,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from afpq import _second
+from afpq._measure import _steadied as steadied
 from afpq.calibrate import Stats, TensorStats, calibrate
 from afpq.data import Data, open_data
 from afpq.errors import PlanError
@@ -16,17 +18,18 @@ from afpq.rounding import best_scale
 from afpq.runtime import FloatModel
 from afpq.search import (
     DEFAULT_FORMATS,
+    Costs,
     Judge,
     Objective,
     Sensitivity,
     candidates,
     choose_objective,
+    measure,
     measure_sensitivity,
     quantized_values,
     search,
     targets,
 )
-from afpq.search import _steadied as steadied
 
 RNG = np.random.default_rng(0)
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -299,6 +302,79 @@ def test_a_judge_measures_the_squared_error_beside_the_loss(lenet: Model, digits
     weights = {layer.weight_name: np.round(layer.weight * 8) / 8}
 
     assert judge.losses(weights) == (judge.loss(weights), squared.loss(weights))
+
+
+def test_two_bits_are_measured_not_extrapolated(
+    lenet: Model, digits: Data, lenet_stats: Stats
+) -> None:
+    costs = measure(lenet, lenet_stats, data=digits)
+    assert costs.shop is not None
+    for target in costs.active:
+        choices = costs.found[target.weight_name]
+        narrow = [j for j, c in enumerate(choices) if c.format == AfpFormat(0, 1)]
+        values = quantized_values(target, choices[narrow[0]])
+        nearest = costs.shop.judge.loss({target.weight_name: values})
+        # Compensated rounding makes up for a good part, never for more than all of it.
+        assert 0 < costs.losses[target.weight_name][narrow[0]] < nearest
+
+
+# Second pass
+
+
+def test_the_ratio_is_of_the_changes_between_extremes() -> None:
+    """Predicted to change by 3, changes by 0.6 at two units of loss per error: two fifths as much."""
+    assert _second._ratio([2.0, 1.0, 4.0], [0.5, 0.4, 1.0], 2.0) == pytest.approx(0.4)
+    assert _second._ratio([2.0], [0.5], 2.0) == 1
+    assert _second._ratio([2.0, 4.0], [0.5, 0.1], 2.0) == 0.1
+    assert _second._ratio([2.0, 2.1], [0.5, 9.0], 2.0) == 10
+
+
+def test_moves_are_one_width_down_and_one_up(lenet: Model, lenet_stats: Stats) -> None:
+    found = {t.weight_name: candidates(t) for t in targets(lenet.layers, lenet_stats)}
+    losses = {name: [c.noise for c in choices] for name, choices in found.items()}
+    costs = Costs(tuple(targets(lenet.layers, lenet_stats)), found, losses, "output_error")
+    for name, choices in found.items():
+        for j, c in enumerate(choices):
+            moves = [choices[m].format.bits for m in _second._moves(costs, name, j)]
+            expected = [b for b in (c.format.bits - 1, c.format.bits + 1) if 2 <= b <= 8]
+            assert moves == expected
+
+
+@pytest.mark.parametrize("bits", [2.4, 3.0])
+def test_a_second_choice_is_no_worse_where_it_is_judged(
+    lenet: Model, digits: Data, lenet_stats: Stats, bits: float
+) -> None:
+    costs = measure(lenet, lenet_stats, data=digits)
+    limit = costs.budget_bits(bits, None)
+    assert costs.shop is not None
+
+    corrected, choice = _second.second_pass(costs, limit)
+
+    def judged(chosen: dict[str, int]) -> tuple[float, float]:
+        parts = _second._build(costs.shop, costs, {n: [j] for n, j in chosen.items()}, "")
+        network = _second._joined([p[0] for p in parts.values()])
+        return costs.shop.judge.losses(network.weights, network.biases)
+
+    first, second = judged(costs.choose(limit)), judged(choice)
+    assert math.prod(second) <= math.prod(first)
+    assert corrected.predicted(choice) == pytest.approx(second[0])
+    assert sum(costs.found[n][j].storage_bits for n, j in choice.items()) <= limit
+
+
+def test_the_best_plan_does_not_depend_on_threads(
+    lenet: Model, digits: Data, lenet_stats: Stats
+) -> None:
+    one, three = (
+        search(lenet, lenet_stats, bits=2.5, data=digits, mode="best", threads=t) for t in (1, 3)
+    )
+    assert one.to_json() == three.to_json()
+    assert one.bits_per_weight <= 2.5 == one.budget
+
+
+def test_a_second_pass_moves_what_is_not_compensated_too(tied: Model) -> None:
+    data = open_data({"ids": RNG.integers(0, 50, (24, 7))}, tied.inputs)
+    plan = search(tied, calibrate(tied, data), bits=6.5, data=data, mode="best")
+    assert plan.bits_per_weight <= 6.5 and plan.predicted_loss is not None
 
 
 # Search
