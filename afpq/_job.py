@@ -40,6 +40,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
     mode: str = "default"
+    bn_recal: bool = True
     seed: int = 0
     threads: int = 0
 
@@ -66,6 +67,7 @@ def prepare(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    bn_recal: bool = True,
     seed: int = 0,
     threads: int = 0,
 ) -> Job:
@@ -85,6 +87,7 @@ def prepare(
         exclude=tuple(exclude),
         overrides=dict(overrides or {}),
         mode=mode,
+        bn_recal=bn_recal,
         seed=seed,
         threads=threads,
     )

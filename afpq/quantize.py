@@ -121,6 +121,7 @@ def quantize(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    bn_recal: bool = True,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -129,8 +130,10 @@ def quantize(
 
     With `data` the formats are chosen by measured sensitivity and rounding is compensated; a quarter of the samples is
     held out to prove that it helps. `mode` says how much work that is: `quick` rounds to nearest and corrects biases,
-    `best` measures more than `default`. `stats` spares the calibration. Without both, formats follow from weight error
-    alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is.
+    `best` measures more than `default`. With `bn_recal` means and variances are restored too, of BatchNormalization and
+    of the layers' channels, where the held-out samples say that it helps. `stats` spares the calibration. Without data
+    and statistics, formats follow from weight error alone. `seed` draws the held-out samples. The same arguments give
+    the same bytes, whatever `threads` is.
 
     Raises:
         ModelError: the model cannot be read, or has nothing to quantize.
@@ -151,6 +154,7 @@ def quantize(
         exclude=exclude,
         overrides=overrides,
         mode=mode,
+        bn_recal=bn_recal,
         seed=seed,
         threads=threads,
     )

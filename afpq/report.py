@@ -25,6 +25,7 @@ __all__ = [
     "RunFacts",
     "accuracy_facts",
     "build_report",
+    "describe_gain",
     "environment",
     "file_facts",
     "layer_facts",
@@ -331,10 +332,19 @@ def _calibration(report: Mapping[str, Any]) -> str:
     if correction is None:
         return text
     rows = [(name, f"{loss:.4g}") for name, loss in correction["losses"].items()]
+    gain = correction.get("bn_recal")
+    restored = "" if gain is None else f"\n\nRestoring statistics: {describe_gain(gain)}."
     return (
         f"{text}\n\n### Correction\n\nKept: {correction['kept']}, the best on "
-        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}"
+        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}{restored}"
     )
+
+
+def describe_gain(gain: Mapping[str, float]) -> str:
+    """What restored statistics did to the held-out loss, in words."""
+    before, after = gain["loss_before"], gain["loss_after"]
+    change = f" ({100 * (after / before - 1):+.0f} %)" if before > 0 else ""
+    return f"held-out loss {before:.3g} -> {after:.3g}{change}"
 
 
 def _provenance(report: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ LAYERS = (
     ("preprocess", "graph"),
     ("data", "runtime"),
     ("calibrate", "plan", "correct", "rewrite"),
-    ("compensate",),
+    ("compensate", "restore"),
     ("search",),
     ("bench", "doctor", "evaluate", "quantize", "report", "verify"),
     ("cli",),
