@@ -101,6 +101,7 @@ def build_graph(
             "held_out_samples": job.held_out.num_samples,
             "losses": losses,
             "bn_recal": _gain(losses),
+            "equalization": None,
         },
         accuracy=accuracy_facts(
             trials[kept].comparison.to_dict(),

@@ -101,6 +101,11 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     help="With --calib: also try to restore means and variances, of BatchNormalization and of channels (default).",
 )
 @click.option(
+    "--equalize/--no-equalize",
+    default=False,
+    help="With --calib: also build from equalised weights, and keep the better model. Takes longer; seldom helps.",
+)
+@click.option(
     "--plan",
     "plan_file",
     type=_FILE,
@@ -158,6 +163,7 @@ class _Options:
     kind: str
     mode: str
     bn_recal: bool
+    equalize: bool
     plan_file: Path | None
     save_plan: Path | None
     include: tuple[str, ...]
@@ -189,6 +195,7 @@ def _quantize(model: Path, options: _Options) -> int:
         kind=options.kind,
         mode=options.mode,
         bn_recal=options.bn_recal,
+        equalize=options.equalize,
         include=options.include,
         exclude=options.exclude,
         overrides=options.overrides,
@@ -317,6 +324,8 @@ def _print_facts(result: "QuantizedModel") -> None:
         print_line(f"kept {facts.correction['kept']} (held-out loss: {losses})")
         if facts.correction["bn_recal"] is not None:
             print_line(f"restoring statistics: {describe_gain(facts.correction['bn_recal'])}")
+        if facts.correction["equalization"] is not None:
+            print_line(f"equalisation: {describe_gain(facts.correction['equalization'])}")
     if facts.accuracy is not None:
         print_line(f"against the float model on {facts.accuracy['num_samples']} held-out samples:")
         for output in facts.accuracy["outputs"]:

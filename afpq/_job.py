@@ -41,6 +41,7 @@ class Job:
     overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
     mode: str = "default"
     bn_recal: bool = True
+    equalize: bool = False
     seed: int = 0
     threads: int = 0
 
@@ -68,6 +69,7 @@ def prepare(
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
     bn_recal: bool = True,
+    equalize: bool = False,
     seed: int = 0,
     threads: int = 0,
 ) -> Job:
@@ -88,6 +90,7 @@ def prepare(
         overrides=dict(overrides or {}),
         mode=mode,
         bn_recal=bn_recal,
+        equalize=equalize,
         seed=seed,
         threads=threads,
     )

@@ -332,8 +332,10 @@ def _calibration(report: Mapping[str, Any]) -> str:
     if correction is None:
         return text
     rows = [(name, f"{loss:.4g}") for name, loss in correction["losses"].items()]
-    gain = correction.get("bn_recal")
-    restored = "" if gain is None else f"\n\nRestoring statistics: {describe_gain(gain)}."
+    restored = ""
+    for key, what in (("bn_recal", "Restoring statistics"), ("equalization", "Equalisation")):
+        if correction.get(key) is not None:
+            restored += f"\n\n{what}: {describe_gain(correction[key])}."
     return (
         f"{text}\n\n### Correction\n\nKept: {correction['kept']}, the best on "
         f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}{restored}"
@@ -341,7 +343,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
 
 
 def describe_gain(gain: Mapping[str, float]) -> str:
-    """What restored statistics did to the held-out loss, in words."""
+    """What one step did to the held-out loss, in words."""
     before, after = gain["loss_before"], gain["loss_after"]
     change = f" ({100 * (after / before - 1):+.0f} %)" if before > 0 else ""
     return f"held-out loss {before:.3g} -> {after:.3g}{change}"

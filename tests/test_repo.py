@@ -26,7 +26,7 @@ LAYERS = (
     ("data", "runtime"),
     ("calibrate", "plan", "correct", "rewrite"),
     ("compensate", "restore"),
-    ("search",),
+    ("equalize", "search"),
     ("bench", "doctor", "evaluate", "quantize", "report", "verify"),
     ("cli",),
 )
