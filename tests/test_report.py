@@ -16,6 +16,7 @@ from afpq.report import (
     RunFacts,
     accuracy_facts,
     build_report,
+    describe_gain,
     environment,
     file_facts,
     layer_facts,
@@ -214,3 +215,10 @@ def test_environment_names_the_instruction_set() -> None:
 
 def test_facts_default_to_unknown() -> None:
     assert RunFacts().accuracy is None and dict(RunFacts().layers) == {}
+
+
+def test_gains_are_described_in_percent_of_the_loss_before() -> None:
+    gain = {"loss_before": 0.5, "loss_after": 0.25}
+
+    assert describe_gain(gain) == "held-out loss 0.5 -> 0.25 (-50 %)"
+    assert describe_gain({"loss_before": 0.0, "loss_after": 0.0}) == "held-out loss 0 -> 0"
