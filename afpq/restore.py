@@ -142,8 +142,9 @@ class _Sums:
 
     def add(self, wanted: Array, found: Array, max_rows: int, phase: int) -> None:
         """Adds the tensors of one batch."""
-        pair = np.stack([self._rows(wanted), self._rows(found)])
-        pair = pair[:, spread(pair.shape[1], max_rows, phase)].astype(np.float64)
+        rows = [self._rows(value) for value in (wanted, found)]
+        picked = spread(len(rows[0]), max_rows, phase)
+        pair = np.stack([part[picked] for part in rows]).astype(np.float64)
         self._count += pair.shape[1]
         self._means = self._means + pair.sum(1)
         self._squares = self._squares + np.square(pair, out=pair).sum(1)
