@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from afpq.activations import choose_activations
 from afpq.calibrate import Stats
 from afpq.compensate import Choice, compensate
 from afpq.correct import can_correct, correct_biases
+from afpq.data import Data
 from afpq.errors import ModelError, PlanError
 from afpq.evaluate import Comparison, compare
 from afpq.formats import AfpFormat
@@ -29,6 +30,7 @@ from afpq.packed import file_bytes
 from afpq.packing import PackedTensor, packed_bytes
 from afpq.plan import ActivationEntry, Plan, PlanEntry
 from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
+from afpq.restore import restore
 from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import FloatModel, session
@@ -40,6 +42,7 @@ __all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file",
 NEAREST = "nearest rounding"
 BIAS_CORRECTION = "bias correction"
 COMPENSATION = "compensated rounding"
+RESTORED = ", statistics restored"
 
 _SMALLEST = AfpFormat(0, 1)
 
@@ -85,15 +88,21 @@ def build_graph(
             progress=lambda done, total: progress("compensate", done, total),
         )
         ways[COMPENSATION] = _Way(compensated, new_biases, {**sqnr, **new_sqnr})
+    if job.fit is not None and job.bn_recal:
+        base = COMPENSATION if COMPENSATION in ways else NEAREST
+        ways[base + RESTORED] = _restored(job, job.fit, ways[base], progress)
     trials = _try_all(job, plan, ways, progress)
-    kept = min(trials, key=lambda name: trials[name].loss)
+    losses = {name: trial.loss for name, trial in trials.items()}
+    kept = min(losses, key=lambda name: losses[name])
     return trials[kept].graph, replace(
         facts,
         layers=layer_facts(plan.entries, ways[kept].sqnr),
         correction={
             "kept": kept,
             "held_out_samples": job.held_out.num_samples,
-            "losses": {name: trial.loss for name, trial in trials.items()},
+            "losses": losses,
+            "bn_recal": _gain(losses),
+            "equalization": None,
         },
         accuracy=accuracy_facts(
             trials[kept].comparison.to_dict(),
@@ -222,6 +231,7 @@ class _Way:
     tensors: Mapping[str, PackedTensor]
     biases: Biases
     sqnr: Mapping[str, float]
+    constants: Mapping[str, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +243,26 @@ class _Trial:
     loss: float
 
 
+def _restored(job: Job, data: Data, way: _Way, progress: Progress) -> _Way:
+    restored = restore(
+        FloatModel(job.model, threads=1),
+        data,
+        way.tensors,
+        way.biases,
+        num_threads=job.threads or os.cpu_count() or 1,
+        progress=lambda done, total: progress("restore", done, total),
+    )
+    return _Way(restored.tensors, restored.biases, way.sqnr, restored.constants)
+
+
+def _gain(losses: Mapping[str, float]) -> dict[str, float] | None:
+    """What restoring statistics did to the loss of the way that it started from; None where it was not tried."""
+    for name, loss in losses.items():
+        if name.endswith(RESTORED):
+            return {"loss_before": losses[name.removesuffix(RESTORED)], "loss_after": loss}
+    return None
+
+
 def _try_all(
     job: Job, plan: Plan, ways: Mapping[str, _Way], progress: Progress
 ) -> dict[str, _Trial]:
@@ -242,7 +272,14 @@ def _try_all(
     count = job.held_out.num_samples
     trials: dict[str, _Trial] = {}
     for name, way in ways.items():
-        graph = rewrite(job.model, plan, way.tensors, way.biases, activations=job.activations)
+        graph = rewrite(
+            job.model,
+            plan,
+            way.tensors,
+            way.biases,
+            constants=way.constants,
+            activations=job.activations,
+        )
         comparison = compare(
             reference,
             session_of(graph, 1),

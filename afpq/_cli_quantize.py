@@ -104,6 +104,16 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     help="Work to do with --calib: nearest rounding (quick), compensated rounding, a second pass (best).",
 )
 @click.option(
+    "--bn-recal/--no-bn-recal",
+    default=True,
+    help="With --calib: also try to restore means and variances, of BatchNormalization and of channels (default).",
+)
+@click.option(
+    "--equalize/--no-equalize",
+    default=False,
+    help="With --calib: also build from equalised weights, and keep the better model. Takes longer; seldom helps.",
+)
+@click.option(
     "--plan",
     "plan_file",
     type=_FILE,
@@ -161,6 +171,8 @@ class _Options:
     activations: str
     kind: str
     mode: str
+    bn_recal: bool
+    equalize: bool
     plan_file: Path | None
     save_plan: Path | None
     include: tuple[str, ...]
@@ -192,6 +204,8 @@ def _quantize(model: Path, options: _Options) -> int:
         activations=options.activations,
         kind=options.kind,
         mode=options.mode,
+        bn_recal=options.bn_recal,
+        equalize=options.equalize,
         include=options.include,
         exclude=options.exclude,
         overrides=options.overrides,
@@ -325,6 +339,8 @@ def _print_result(job: "Job", result: "QuantizedModel", size: int, options: _Opt
 
 
 def _print_facts(result: "QuantizedModel") -> None:
+    from afpq.report import describe_gain
+
     facts = result.facts
     summary = result.summary()
     for reason in dict.fromkeys(entry["reason"] for entry in facts.left_float):
@@ -340,6 +356,10 @@ def _print_facts(result: "QuantizedModel") -> None:
     if facts.correction is not None:
         losses = ", ".join(f"{n} {x:.3g}" for n, x in facts.correction["losses"].items())
         print_line(f"kept {facts.correction['kept']} (held-out loss: {losses})")
+        if facts.correction["bn_recal"] is not None:
+            print_line(f"restoring statistics: {describe_gain(facts.correction['bn_recal'])}")
+        if facts.correction["equalization"] is not None:
+            print_line(f"equalisation: {describe_gain(facts.correction['equalization'])}")
     if facts.accuracy is not None:
         print_line(f"against the float model on {facts.accuracy['num_samples']} held-out samples:")
         for output in facts.accuracy["outputs"]:

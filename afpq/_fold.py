@@ -1,10 +1,10 @@
 """Values of constant expressions in a graph, and where a constant ends up.
 
 A constant is an initializer, the output of a Constant node, or a rearrangement of constants (Reshape, Transpose, Cast,
-..). Nothing is edited here: weights behind such expressions are found without touching the nodes.
+..). Weights behind such expressions are found without touching the nodes; only `set_constants` edits a graph.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,15 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
     if found is None or found.value is None:
         return default
     return list(found.value) if isinstance(found.value, (list, tuple)) else found.value
+
+
+def set_constants(graph: ir.Graph, constants: Mapping[str, Array]) -> None:
+    """Gives initializers, which must exist, other values of the same shape; dtypes stay as they are."""
+    for name, array in constants.items():
+        value = graph.initializers[name]
+        before = value.const_value
+        assert before is not None and tuple(before.shape) == array.shape, name
+        value.const_value = ir.tensor(array.astype(before.dtype.numpy()), name=name)
 
 
 def _constant(node: ir.Node) -> Array | None:

@@ -41,6 +41,8 @@ class Job:
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
     mode: str = "default"
+    bn_recal: bool = True
+    equalize: bool = False
     seed: int = 0
     threads: int = 0
 
@@ -70,6 +72,8 @@ def prepare(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    bn_recal: bool = True,
+    equalize: bool = False,
     seed: int = 0,
     threads: int = 0,
 ) -> Job:
@@ -91,6 +95,8 @@ def prepare(
         exclude=tuple(exclude),
         overrides=dict(overrides or {}),
         mode=mode,
+        bn_recal=bn_recal,
+        equalize=equalize,
         seed=seed,
         threads=threads,
     )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from afpq._layer import conv_extent
 from afpq.graph import ConvSpec, Layer
 
-__all__ = ["MomentSums", "Moments", "channel_axis", "input_rows", "output_rows"]
+__all__ = ["MomentSums", "Moments", "channel_axis", "input_rows", "output_rows", "spread"]
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[np.float32]
@@ -91,7 +91,7 @@ def input_rows(
     if layer.conv is None:
         axis = -1 if layer.k_axis is None else layer.k_axis
         rows = np.moveaxis(value, axis, -1).reshape(-1, layer.k)
-        picked = _spread(len(rows), max_rows, phase)
+        picked = spread(len(rows), max_rows, phase)
         return np.ascontiguousarray(rows[picked], np.float32)[None], picked
     return _patches(layer.conv, layer.groups, value, max_rows, phase)
 
@@ -112,7 +112,8 @@ def channel_axis(layer: Layer) -> int:
     return -2 if layer.is_left and layer.k_axis == -2 else -1
 
 
-def _spread(total: int, wanted: int, phase: int) -> npt.NDArray[np.intp]:
+def spread(total: int, wanted: int, phase: int) -> npt.NDArray[np.intp]:
+    """At most about `wanted` of `total` positions, at equal distances; `phase` shifts the first one."""
     step = max(1, -(-total // max(wanted, 1)))
     return np.arange(phase % min(step, max(total, 1)), total, step)
 
@@ -123,7 +124,7 @@ def _patches(
     rank = len(conv.kernel_shape)
     extents = [conv_extent(value.shape[2 + axis], conv, axis) for axis in range(rank)]
     sizes = [len(value), *(extent.positions for extent in extents)]
-    picked = _spread(int(np.prod(sizes)), max_rows, phase)
+    picked = spread(int(np.prod(sizes)), max_rows, phase)
     sample, *places = np.unravel_index(picked, sizes)
     margins = [(0, 0), (0, 0)] + [(extent.begin, extent.end) for extent in extents]
     padded = np.pad(value, margins)

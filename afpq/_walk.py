@@ -9,7 +9,7 @@ serves.
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from afpq.data import Data
 from afpq.graph import Layer, Model
 from afpq.runtime import FloatModel, Simulation
 
-__all__ = ["MAX_K", "Step", "groups_of", "walk"]
+__all__ = ["MAX_K", "Changes", "Seen", "Step", "Stop", "groups_of", "visit", "walk"]
 
 # Covariances of longer rows would take more than half a gigabyte.
 MAX_K = 6144
@@ -46,6 +46,32 @@ class Step:
 
     layers: tuple[Layer, ...]
     moments: tuple[Moments, ...]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place of a walk, before the node at `node_index`, and the names of the tensors to look at there."""
+
+    node_index: int
+    wanted: tuple[str, ...]  # in the float network
+    found: tuple[str, ...]  # in the changed one
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a changed network has in place of the float one's, see `FloatModel.simulate`."""
+
+    weights: Weights = field(default_factory=dict)
+    biases: Weights = field(default_factory=dict)
+    constants: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is met at a stop."""
+
+    num_batches: int
+    batches: Iterator[tuple[list[Array], list[Array]]]  # values of `wanted` and of `found`
 
 
 def groups_of(model: Model, weight_names: Collection[str]) -> list[tuple[Layer, ...]]:
@@ -80,38 +106,59 @@ def walk(
     name) they are those of the network with these, and the outputs that are wanted are the float network's. The caller
     adds to both before it takes the next step.
     """
-    follows = weights is not None
+    changes = None if weights is None else Changes(weights, {} if biases is None else biases)
+    stops = []
+    for layers in groups:
+        read = (str(layers[0].input_name),)
+        outputs = tuple(layer.output_name for layer in layers)
+        stops.append(Stop(layers[0].node_index, read if changes is None else outputs, read))
+    visits = visit(network, data, stops, changes, num_threads=num_threads)
+    for layers, seen in zip(groups, visits, strict=True):
+        rows = min(max(_ROWS_PER_K * layers[0].k, _FEWEST_ROWS), _MOST_ROWS)
+        rows = max(rows // seen.num_batches, 1)
+        sums = MomentSums(layers)
+        for number, (wanted, found) in enumerate(seen.batches):
+            sums.add(found[0], None if changes is None else wanted, rows, number * _PHASE)
+        yield Step(layers, tuple(sums.moments(changes is not None)))
+
+
+def visit(
+    network: FloatModel,
+    data: Data,
+    stops: Sequence[Stop],
+    changes: Changes | None,
+    *,
+    num_threads: int = 1,
+) -> Iterator[Seen]:
+    """Goes to places of a network, given in the order of their nodes, and tells which tensors are there.
+
+    Without changes the float network stands for both. All batches of a stop must be taken before the next stop. The
+    caller may add to the changes in between: what lies behind the stop is computed with them.
+    """
     alive = _Liveness(network.model)
-    size = min(_MAX_BATCH, max(1, _BATCH_BYTES // max(_sample_bytes(data), 1)))
-    tracks = [_Track(network, data, size) for _ in range(1 + follows)]
+    size = _batch_size(data)
+    num_batches = sum(1 for _ in data.batches(size))
+    tracks = [_Track(network, data, size, num_batches) for _ in range(1 if changes is None else 2)]
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        for layers in groups:
-            name = str(layers[0].input_name)
-            keep = alive.before(layers[0].node_index)
-            outputs = tuple(layer.output_name for layer in layers)
-            tracks[0].start(outputs if follows else (name,), keep, {}, {})
-            if follows:
-                tracks[1].start((name,), keep, weights or {}, biases or {})
-            rows = min(max(_ROWS_PER_K * layers[0].k, _FEWEST_ROWS), _MOST_ROWS)
-            rows = max(rows // tracks[0].num_batches, 1)
-            sums = MomentSums(layers)
+        for stop in stops:
+            keep = alive.before(stop.node_index)
+            tracks[0].start(stop.wanted, keep, Changes())
+            if changes is not None:
+                tracks[1].start(stop.found, keep, changes)
             results = [_ahead(pool, track, 1 + num_threads // len(tracks)) for track in tracks]
-            for number, found in enumerate(zip(*results, strict=True)):
-                sums.add(found[-1][0], found[0] if follows else None, rows, number * _PHASE)
-            yield Step(layers, tuple(sums.moments(follows)))
+            batches = ((found[0], found[-1]) for found in zip(*results, strict=True))
+            yield Seen(num_batches, batches)
 
 
 class _Track:
     """One network on all samples: the tensors that are kept of it, and what is computed from them."""
 
-    def __init__(self, network: FloatModel, data: Data, batch: int) -> None:
+    def __init__(self, network: FloatModel, data: Data, batch: int, num_batches: int) -> None:
         self._network, self._data, self._batch = network, data, batch
         self._kept: list[Feed] | None = None  # by batch; None: the data itself
-        self.num_batches = sum(1 for _ in data.batches(batch))
+        self._num_batches = num_batches
 
-    def start(
-        self, fetch: tuple[str, ...], keep: frozenset[str], weights: Weights, biases: Weights
-    ) -> None:
+    def start(self, fetch: tuple[str, ...], keep: frozenset[str], changes: Changes) -> None:
         """Prepares to compute `fetch` from what is kept, and to keep the tensors called `keep` instead."""
         first = next(iter(self.batches()))[1]
         self._fetch = fetch
@@ -121,12 +168,16 @@ class _Track:
             self._simulation: Simulation | None = None
             if self._computed:
                 self._simulation = self._network.simulate(
-                    weights, biases, fetch=self._computed, given=first
+                    changes.weights,
+                    changes.biases,
+                    constants=changes.constants,
+                    fetch=self._computed,
+                    given=first,
                 )
             size = sum(a.nbytes for a in self._values(first, self._keep))
-            if size * self.num_batches <= _KEPT_BYTES:
+            if size * self._num_batches <= _KEPT_BYTES:
                 break
-        self._next: list[Feed] = [{}] * self.num_batches if self._kept is None else self._kept
+        self._next: list[Feed] = [{}] * self._num_batches if self._kept is None else self._kept
 
     def batches(self) -> Iterator[tuple[int, Feed]]:
         """What is kept, batch by batch."""
@@ -198,5 +249,6 @@ def _ahead(pool: ThreadPoolExecutor, track: _Track, depth: int) -> Iterator[list
     track.finish()
 
 
-def _sample_bytes(data: Data) -> int:
-    return sum(array.nbytes for array in next(data.batches(1)).values())
+def _batch_size(data: Data) -> int:
+    sample = sum(array.nbytes for array in next(data.batches(1)).values())
+    return min(_MAX_BATCH, max(1, _BATCH_BYTES // max(sample, 1)))

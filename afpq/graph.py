@@ -4,12 +4,16 @@
 functions inlined). Editing is in `rewrite`, running in `runtime`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir
 
 from afpq._find import find_layers
+from afpq._fold import set_constants
 from afpq._layer import ConvSpec, Layer, Skipped, TensorInfo, original_layout, reads_bytes
 from afpq._load import read_model
 from afpq.errors import ModelError
@@ -23,6 +27,7 @@ __all__ = [
     "load_model",
     "original_layout",
     "reads_bytes",
+    "with_constants",
 ]
 
 
@@ -86,6 +91,18 @@ def load_model(path: str | Path) -> Model:
         outputs=tuple(_info(v) for v in model.graph.outputs),
         ir=model,
     )
+
+
+def with_constants(model: Model, constants: Mapping[str, npt.NDArray[Any]]) -> Model:
+    """A copy of a model with other values of some initializers (by name, same shapes).
+
+    Raises:
+        ModelError: a weight or a bias is not finite any more.
+    """
+    changed = model.ir.clone()
+    set_constants(changed.graph, constants)
+    layers, skipped = find_layers(model.path, changed)
+    return replace(model, layers=layers, skipped=skipped, ir=changed)
 
 
 def _info(value: onnx_ir.Value) -> TensorInfo:

@@ -28,6 +28,7 @@ from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
 from afpq._smallest import smallest_model
 from afpq.calibrate import Stats, calibrate
+from afpq.equalize import equalize as equalize_model
 from afpq.errors import ModelError
 from afpq.graph import Model
 from afpq.packed import describe_packed, file_bytes, is_packed, read_ir
@@ -131,6 +132,8 @@ def quantize(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    bn_recal: bool = True,
+    equalize: bool = False,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -141,9 +144,11 @@ def quantize(
     held out to prove that it helps. `max_drop`, in place of a budget, finds the smallest model that loses no more on
     these: points of top-1 if the data has labels, else percent of changed first classes, else percent of error energy
     (`facts.goal` says how much it was, how sure that is, and whether the goal was met). `mode` says how much work is
-    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default`. `stats` spares the
-    calibration. Without both, formats follow from weight error alone. `seed` draws the held-out samples. The same
-    arguments give the same bytes, whatever `threads` is.
+    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default`. With `bn_recal` means and
+    variances are restored too, of BatchNormalization and of the layers' channels, where the held-out samples say that
+    it helps. `equalize` builds a second model, from equalised weights, and keeps the better one. `stats` spares the
+    calibration. Without data and statistics, formats follow from weight error alone. `seed` draws the held-out samples.
+    The same arguments give the same bytes, whatever `threads` is.
 
     Raises:
         ModelError: the model cannot be read, or has nothing to quantize.
@@ -165,6 +170,8 @@ def quantize(
         exclude=exclude,
         overrides=overrides,
         mode=mode,
+        bn_recal=bn_recal,
+        equalize=equalize,
         seed=seed,
         threads=threads,
     )
@@ -221,7 +228,10 @@ def build(
     job: Job, plan: Plan, stats: Stats | None = None, *, progress: Progress | None = None
 ) -> QuantizedModel:
     """Encodes the weights as the plan says, compensates what rounding lost if that helps, and rewrites the graph."""
-    packed, facts = build_graph(job, plan, stats, progress or _silent)
+    progress = progress or _silent
+    packed, facts = build_graph(job, plan, stats, progress)
+    if job.equalize and stats is not None and job.fit is not None and job.held_out is not None:
+        packed, plan, facts = _equalized(job, plan, stats, (packed, facts), progress)
     return QuantizedModel(packed, plan, facts, probe=_first_input(job))
 
 
@@ -245,6 +255,37 @@ def reach_goal(
 
 def _first_input(job: Job) -> Feeds | None:
     return None if job.fit is None else next(job.fit.batches(1))
+
+
+def _equalized(
+    job: Job, plan: Plan, stats: Stats, plain: tuple[ir.Model, RunFacts], progress: Progress
+) -> tuple[ir.Model, Plan, RunFacts]:
+    """The same plan for the equalised network, or what there is without, whichever is better on held-out samples."""
+    bits = min(max(round(plan.bits_per_weight), 2), 8)
+    equalized = equalize_model(job.model, stats, job.fit, bits=bits, num_threads=job.threads)
+    if not equalized.factors:
+        return plain[0], plan, plain[1]
+    other = replace(job, model=equalized.model)
+    stats = calibrate(equalized.model, job.fit, threads=job.threads, progress=progress)
+    # What layers read has changed: static formats are chosen anew.
+    changed = with_activations(other, replace(plan, activations=None), stats, progress)
+    made = build_graph(other, changed, stats, progress)
+    before, after = (_held_out_loss(facts) for _, facts in (plain, made))
+    kept = after < before
+    packed, facts = made if kept else plain
+    proof = {
+        "kept": kept,
+        "pairs": len(equalized.factors),
+        "loss_before": before,
+        "loss_after": after,
+    }
+    facts = replace(facts, correction={**(facts.correction or {}), "equalization": proof})
+    return packed, changed if kept else plan, facts
+
+
+def _held_out_loss(facts: RunFacts) -> float:
+    assert facts.correction is not None
+    return float(min(facts.correction["losses"].values()))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

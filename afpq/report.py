@@ -25,6 +25,7 @@ __all__ = [
     "RunFacts",
     "accuracy_facts",
     "build_report",
+    "describe_gain",
     "environment",
     "file_facts",
     "layer_facts",
@@ -352,10 +353,21 @@ def _calibration(report: Mapping[str, Any]) -> str:
     if correction is None:
         return text
     rows = [(name, f"{loss:.4g}") for name, loss in correction["losses"].items()]
+    restored = ""
+    for key, what in (("bn_recal", "Restoring statistics"), ("equalization", "Equalisation")):
+        if correction.get(key) is not None:
+            restored += f"\n\n{what}: {describe_gain(correction[key])}."
     return (
         f"{text}\n\n### Correction\n\nKept: {correction['kept']}, the best on "
-        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}"
+        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}{restored}"
     )
+
+
+def describe_gain(gain: Mapping[str, float]) -> str:
+    """What one step did to the held-out loss, in words."""
+    before, after = gain["loss_before"], gain["loss_after"]
+    change = f" ({100 * (after / before - 1):+.0f} %)" if before > 0 else ""
+    return f"held-out loss {before:.3g} -> {after:.3g}{change}"
 
 
 def _provenance(report: Mapping[str, Any]) -> str:

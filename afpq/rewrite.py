@@ -20,6 +20,7 @@ import onnx_ir as ir
 from afpq import __version__
 from afpq._activation_entry import ActivationEntry
 from afpq._emit import DOMAIN, Emitter, pack_scale
+from afpq._fold import set_constants
 from afpq.errors import ModelError, PlanError
 from afpq.graph import Model
 from afpq.packing import PackedTensor
@@ -51,12 +52,13 @@ def rewrite(
     tensors: Mapping[str, PackedTensor],
     biases: Mapping[str, npt.NDArray[np.float32]] | None = None,
     *,
+    constants: Mapping[str, npt.NDArray[np.float32]] | None = None,
     activations: str = "a16",
 ) -> ir.Model:
     """The packed model; layers whose weight_name is not in `tensors` stay float. `model` is not changed.
 
-    `biases` ([n] by layer name) replace the layers' own. The plan's static activation formats are written with
-    `activations` a8. The same arguments give the same bytes.
+    `biases` ([n] by layer name) replace the layers' own, `constants` other initializers of the same shape, by name. The
+    plan's static activation formats are written with `activations` a8. The same arguments give the same bytes.
 
     Raises:
         PlanError: a name, a shape or the activation mode does not exist.
@@ -64,6 +66,7 @@ def rewrite(
     biases = {} if biases is None else biases
     _check(model, tensors, biases, activations)
     clone = model.ir.clone()
+    set_constants(clone.graph, constants or {})
     static = {e.tensor: e for e in plan.activations or ()} if activations == "a8" else {}
     emitter = Emitter(clone.graph, tensors, activations, static)
     for layer in model.layers:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from afpq._fold import set_constants
 from afpq.errors import ModelError, RuntimeUnavailableError
 from afpq.graph import Layer, Model, original_layout
 
@@ -116,21 +117,28 @@ class FloatModel:
         weights: Mapping[str, npt.NDArray[np.float32]],
         biases: Mapping[str, npt.NDArray[np.float32]] | None = None,
         *,
+        constants: Mapping[str, Array] | None = None,
         fetch: Sequence[str] | None = None,
         given: Mapping[str, Array] | None = None,
     ) -> "Simulation":
         """The float network with other weights ([n, k] by weight_name) and biases ([n] by layer name).
 
-        It computes the tensors called `fetch`, the model's outputs if None, and only what these need. Tensors called
-        `given` are fed like inputs instead of being computed; their values here only tell type and rank.
+        `constants` replace other initializers of the main graph, by name and of the same shape. It computes the tensors
+        called `fetch`, the model's outputs if None, and only what these need. Tensors called `given` are fed like
+        inputs instead of being computed; their values here only tell type and rank.
 
         Raises:
             ModelError: a name or a shape is not one of the model's, or a bias goes to a gather or unpack layer.
         """
         outputs = self._outputs if fetch is None else tuple(fetch)
-        if fetch is not None or given:
+        if fetch is not None or given or constants:
             graph = _Graph(
-                self.model, fetch=outputs, given=given or {}, slots=True, biases=bool(biases)
+                self.model,
+                fetch=outputs,
+                given=given or {},
+                slots=True,
+                biases=bool(biases),
+                constants=constants or {},
             )
         else:
             graph = self._biased if biases else self._plain
@@ -232,6 +240,7 @@ class _Graph:
         given: Mapping[str, Array] | None = None,
         slots: bool = False,
         biases: bool = False,
+        constants: Mapping[str, Array] | None = None,
     ) -> None:
         self.constants: dict[str, ort.OrtValue] = {}
         self.weight_slots: dict[str, Layer] = {}
@@ -239,6 +248,7 @@ class _Graph:
         clone = model.ir.clone()
         self._graph = clone.graph
         self._nodes = list(clone.graph)
+        set_constants(clone.graph, constants or {})
         if biases:  # first: the positions of nodes are those of the model
             for layer in model.layers:
                 if layer.kind in ("matmul", "conv"):

@@ -93,6 +93,7 @@ def test_quantize_writes_and_states_the_bytes(
     last = captured.out.splitlines()[-1]
     assert last == f"{out}: {before:,} -> {after:,} bytes, {before / after:.2f}x smaller"
     assert "kept " in captured.out and "bias correction" in captured.out
+    assert "restoring statistics: held-out loss " in captured.out
     assert "agreement" in captured.out
     assert "\x1b" not in captured.out + captured.err
     assert "calibrate: 24 done" in captured.err

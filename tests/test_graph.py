@@ -8,7 +8,7 @@ from graphs import CASES, build, constant, node, write
 from onnx import TensorProto, helper, numpy_helper
 
 from afpq.errors import ModelError
-from afpq.graph import load_model, original_layout
+from afpq.graph import load_model, original_layout, with_constants
 
 
 def load(folder, nodes, inputs, constants=None, **options):
@@ -404,3 +404,13 @@ REAL = {
 def test_layers_of_real_models(name, shared):
     model = load_model(shared / f"models/{name}.onnx")
     assert (len(model.layers), len(model.skipped), model.num_weights) == REAL[name]
+
+
+def test_other_constants_make_another_model(tmp_path):
+    model = load_model(write(tmp_path, CASES["matmul_bias"].model()))
+
+    other = with_constants(model, {"w": np.ones((12, 10), np.float32)})
+
+    assert (other.layers[0].weight == 1).all() and not (model.layers[0].weight == 1).any()
+    np.testing.assert_array_equal(other.layers[0].bias, model.layers[0].bias)
+    assert [layer.name for layer in other.layers] == [layer.name for layer in model.layers]

@@ -91,7 +91,16 @@ def test_calibration_reports_held_out_samples_and_correction(
     assert facts.calibration["samples"] == 48
     assert facts.calibration["held_out_samples"] == 16
     losses = facts.correction["losses"]
-    assert set(losses) == {"nearest rounding", "bias correction", "compensated rounding"}
+    assert set(losses) == {
+        "nearest rounding",
+        "bias correction",
+        "compensated rounding",
+        "compensated rounding, statistics restored",
+    }
+    assert facts.correction["bn_recal"] == {
+        "loss_before": losses["compensated rounding"],
+        "loss_after": losses["compensated rounding, statistics restored"],
+    }
     assert losses[facts.correction["kept"]] == min(losses.values())
     assert losses["compensated rounding"] < losses["nearest rounding"] / 2
     assert facts.accuracy is not None and facts.accuracy["num_samples"] == 16
@@ -101,7 +110,18 @@ def test_quick_mode_rounds_to_nearest(lenet: Path, digits: dict[str, Any]) -> No
     model = quantize(lenet, data=digits, bits=4, samples=64, mode="quick")
 
     assert model.facts.correction is not None
+    losses = model.facts.correction["losses"]
+    restored = "nearest rounding, statistics restored"
+    assert set(losses) == {"nearest rounding", "bias correction", restored}
+    assert losses[restored] < losses["nearest rounding"] / 2
+
+
+def test_statistics_are_left_alone_on_request(lenet: Path, digits: dict[str, Any]) -> None:
+    model = quantize(lenet, data=digits, bits=4, samples=24, mode="quick", bn_recal=False)
+
+    assert model.facts.correction is not None
     assert set(model.facts.correction["losses"]) == {"nearest rounding", "bias correction"}
+    assert model.facts.correction["bn_recal"] is None
 
 
 def test_an_unknown_mode_is_refused(lenet: Path) -> None:

@@ -25,8 +25,8 @@ LAYERS = (
     ("preprocess", "graph"),
     ("data", "runtime"),
     ("calibrate", "plan", "correct", "rewrite"),
-    ("activations", "compensate"),
-    ("learn", "search"),
+    ("activations", "compensate", "restore"),
+    ("equalize", "learn", "search"),
     ("bench", "doctor", "evaluate", "quantize", "report", "simulate", "verify"),
     ("cli",),
 )

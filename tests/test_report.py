@@ -16,6 +16,7 @@ from afpq.report import (
     RunFacts,
     accuracy_facts,
     build_report,
+    describe_gain,
     environment,
     file_facts,
     layer_facts,
@@ -234,3 +235,10 @@ def test_a_goal_is_reported_with_its_trials() -> None:
     rows = text.splitlines()[-2:]
     assert rows == ["| 3.250 | 2 | no |", "| 4.500 | 0.5 | yes |"]
     assert goal_section(None) == ""
+
+
+def test_gains_are_described_in_percent_of_the_loss_before() -> None:
+    gain = {"loss_before": 0.5, "loss_after": 0.25}
+
+    assert describe_gain(gain) == "held-out loss 0.5 -> 0.25 (-50 %)"
+    assert describe_gain({"loss_before": 0.0, "loss_after": 0.0}) == "held-out loss 0 -> 0"
