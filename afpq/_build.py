@@ -1,10 +1,9 @@
 """From a plan to a packed graph: encode the weights, correct the biases, rewrite; and what a report needs to know."""
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import onnxruntime as ort
 from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._probe import Feeds, random_feeds
+from afpq._ways import Way, find_ways, gain
 from afpq.activations import choose_activations
 from afpq.calibrate import Stats
-from afpq.compensate import Choice, compensate
-from afpq.correct import can_correct, correct_biases
-from afpq.data import Data
+from afpq.correct import can_correct
 from afpq.errors import ModelError, PlanError
 from afpq.evaluate import Comparison, compare
 from afpq.formats import AfpFormat
@@ -30,19 +28,11 @@ from afpq.packed import file_bytes
 from afpq.packing import PackedTensor, packed_bytes
 from afpq.plan import ActivationEntry, Plan, PlanEntry
 from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
-from afpq.restore import restore
 from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
-from afpq.runtime import FloatModel, session
-from afpq.search import MODES
+from afpq.runtime import session
 
 __all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file", "with_activations"]
-
-# Ways to round and correct; the first of equal ones is kept.
-NEAREST = "nearest rounding"
-BIAS_CORRECTION = "bias correction"
-COMPENSATION = "compensated rounding"
-RESTORED = ", statistics restored"
 
 _SMALLEST = AfpFormat(0, 1)
 
@@ -70,27 +60,7 @@ def build_graph(
         return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
     if job.held_out is None:  # nothing to prove a correction on
         return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
-    decoded = {name: tensor.decode() for name, tensor in tensors.items()}
-    biases = correct_biases(job.model.layers, stats, decoded)
-    ways = {NEAREST: _Way(tensors, {}, sqnr), BIAS_CORRECTION: _Way(tensors, biases, sqnr)}
-    if job.fit is not None and MODES[job.mode].compensated:
-        compensated, new_biases, new_sqnr = compensate(
-            FloatModel(job.model, threads=1),
-            job.fit,
-            {
-                e.weight_name: Choice(e.format, e.kind, e.granularity)
-                for e in plan.entries
-                if e.format is not None
-            },
-            tensors,
-            biases,
-            num_threads=job.threads or os.cpu_count() or 1,
-            progress=lambda done, total: progress("compensate", done, total),
-        )
-        ways[COMPENSATION] = _Way(compensated, new_biases, {**sqnr, **new_sqnr})
-    if job.fit is not None and job.bn_recal:
-        base = COMPENSATION if COMPENSATION in ways else NEAREST
-        ways[base + RESTORED] = _restored(job, job.fit, ways[base], progress)
+    ways, notes = find_ways(job, plan, stats, Way(tensors, {}, sqnr), progress)
     trials = _try_all(job, plan, ways, progress)
     losses = {name: trial.loss for name, trial in trials.items()}
     kept = min(losses, key=lambda name: losses[name])
@@ -101,7 +71,8 @@ def build_graph(
             "kept": kept,
             "held_out_samples": job.held_out.num_samples,
             "losses": losses,
-            "bn_recal": _gain(losses),
+            "bn_recal": gain(losses),
+            "notes": notes,
             "equalization": None,
         },
         accuracy=accuracy_facts(
@@ -225,16 +196,6 @@ def try_file(path: Path, probe: Feeds | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Way:
-    """What one way of rounding and correcting makes of a plan."""
-
-    tensors: Mapping[str, PackedTensor]
-    biases: Biases
-    sqnr: Mapping[str, float]
-    constants: Mapping[str, Floats] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
 class _Trial:
     """A packed network on the held-out samples, as onnxruntime runs it."""
 
@@ -243,28 +204,8 @@ class _Trial:
     loss: float
 
 
-def _restored(job: Job, data: Data, way: _Way, progress: Progress) -> _Way:
-    restored = restore(
-        FloatModel(job.model, threads=1),
-        data,
-        way.tensors,
-        way.biases,
-        num_threads=job.threads or os.cpu_count() or 1,
-        progress=lambda done, total: progress("restore", done, total),
-    )
-    return _Way(restored.tensors, restored.biases, way.sqnr, restored.constants)
-
-
-def _gain(losses: Mapping[str, float]) -> dict[str, float] | None:
-    """What restoring statistics did to the loss of the way that it started from; None where it was not tried."""
-    for name, loss in losses.items():
-        if name.endswith(RESTORED):
-            return {"loss_before": losses[name.removesuffix(RESTORED)], "loss_after": loss}
-    return None
-
-
 def _try_all(
-    job: Job, plan: Plan, ways: Mapping[str, _Way], progress: Progress
+    job: Job, plan: Plan, ways: Mapping[str, Way], progress: Progress
 ) -> dict[str, _Trial]:
     assert job.held_out is not None
     # One thread: what is kept must not depend on how sums are split.

@@ -101,7 +101,8 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     "--mode",
     type=click.Choice(["quick", "default", "best"]),
     default="default",
-    help="Work to do with --calib: nearest rounding (quick), compensated rounding, a second pass (best).",
+    help="Work to do with --calib: nearest rounding (quick), compensated rounding, or a second pass and rounding "
+    "learned with torch as well (best).",
 )
 @click.option(
     "--bn-recal/--no-bn-recal",
@@ -356,6 +357,8 @@ def _print_facts(result: "QuantizedModel") -> None:
     if facts.correction is not None:
         losses = ", ".join(f"{n} {x:.3g}" for n, x in facts.correction["losses"].items())
         print_line(f"kept {facts.correction['kept']} (held-out loss: {losses})")
+        for text in facts.correction["notes"]:
+            print_line(text)
         if facts.correction["bn_recal"] is not None:
             print_line(f"restoring statistics: {describe_gain(facts.correction['bn_recal'])}")
         if facts.correction["equalization"] is not None:

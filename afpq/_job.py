@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from afpq.data import Data, open_data
-from afpq.errors import DataError, ModelError, PlanError
+from afpq.errors import DataError, ModelError, PlanError, RuntimeUnavailableError
 from afpq.graph import Model, load_model
 from afpq.plan import Plan, check_plan, match_names
 from afpq.runtime import FloatModel
@@ -105,6 +106,11 @@ def prepare(
         if max_drop is not None:
             raise PlanError("max_drop needs data to judge by")
         return job
+    if MODES[mode].learned and find_spec("torch") is None:
+        raise RuntimeUnavailableError(
+            f"mode {mode} learns rounding with torch, which is missing: pip install 'afpq[torch]', "
+            "or take the default mode"
+        )
     opened = open_data(data, loaded.inputs, preprocess=preprocess, limit=samples)
     FloatModel(loaded, threads=threads).run(next(opened.batches(1)))
     name = str(data) if isinstance(data, str | Path) else type(data).__name__

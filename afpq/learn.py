@@ -92,7 +92,8 @@ def learn(
         max(1, num_threads), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         learner = _Learner(network, choices, start, biases, objective, pool)
-        learned, held_out = learner.batches(fitted), learner.batches(judged)
+        learned, held_out = learner.feeds(fitted), learner.feeds(judged)
+        network.run(held_out[0], learner.names)  # starts the session that all threads use
         best = learner.state()
         least = learner.judge(held_out, best)
         random = np.random.default_rng(seed)
@@ -135,6 +136,7 @@ class _Learner:
         outputs = [model.outputs[i].name for i in objective.outputs]
         blocks = [b.given for b in blocks_of(model, choices.keys()) if b.given is not None]
         self._graph = TorchGraph(model, [*outputs, *blocks], choices.keys())
+        self.names = (*self._graph.context, *self._graph.outputs)  # read from the float network
         self._layers = self._graph.layers
         names = {layer.weight_name for layer in self._layers}
         self._weights = {n: _Weight(tensors[n], choices[n].kind) for n in sorted(names)}
@@ -150,38 +152,36 @@ class _Learner:
         tensors = {n: w.stored() for n, w in self._weights.items()}
         return tensors, {n: b.numpy().copy() for n, b in self._biases.items()}
 
-    def batches(self, data: Data) -> list[_Batch]:
-        """What the network reads and what it should give; feeds are grouped once and for all."""
-        names = (*self._graph.context, *self._graph.outputs)
+    def feeds(self, data: Data) -> list[Feed]:
+        """Samples in small batches, grouped once and for all: shapes that a network computes may depend on them."""
+        return list(data.batches(_MICRO_BATCH))
 
-        def batch(feed: Feed) -> _Batch:
-            values = self._network.run(feed, names)
-            tensors = [as_tensor(v) for v in values]
-            count = len(self._graph.context)
-            return _Batch(dict(zip(names[:count], tensors, strict=False)), tensors[count:])
+    def _read(self, feed: Feed) -> _Batch:
+        found = map(as_tensor, self._network.run(feed, self.names))
+        values = dict(zip(self.names, found, strict=True))
+        return _Batch(
+            {name: values[name] for name in self._graph.context},
+            [values[name] for name in self._graph.outputs],
+        )
 
-        self._network.run(
-            next(data.batches(1)), names
-        )  # one session, made before threads ask for it
-        return list(self._pool.map(batch, data.batches(_MICRO_BATCH)))
-
-    def judge(self, batches: Sequence[_Batch], state: _State) -> float:
+    def judge(self, feeds: Sequence[Feed], state: _State) -> float:
         """The loss at the outputs of stored weights and biases."""
         weights = {n: as_tensor(t.decode()) for n, t in state[0].items()}
         biases = {n: as_tensor(b) for n, b in state[1].items()}
 
-        def losses(batch: _Batch) -> tuple[float, int]:
+        def losses(feed: Feed) -> tuple[float, int]:
+            batch = self._read(feed)
             with torch.no_grad():
                 got = self._graph(batch.tensors, weights, biases)
                 return float(self._output_loss(got, batch.wanted)), len(batch.wanted[0])
 
-        found = list(self._pool.map(losses, batches))
+        found = list(self._pool.map(losses, feeds))
         return float(np.average([x for x, _ in found], weights=[n for _, n in found]))
 
-    def fit(self, batches: Sequence[_Batch], random: np.random.Generator) -> Iterator[int]:
+    def fit(self, feeds: Sequence[Feed], random: np.random.Generator) -> Iterator[int]:
         """Takes `_STEPS` steps, and yields after each how many there were; rates fall as half a cosine."""
-        powers = [_variance(b) for b in zip(*(x.wanted for x in batches), strict=True)]
-        units = self._deviations(batches[0])
+        powers = self._powers(feeds)
+        units = self._deviations(self._read(feeds[0]))
         shifts = {n: torch.zeros_like(b) for n, b in self._start.items()}
         scales = [w.log_scale for w in self._weights.values() if w.kind == "real"]
         groups = (
@@ -195,9 +195,9 @@ class _Learner:
         order: list[int] = []
         for step in range(_STEPS):
             while len(order) < _MICRO_BATCHES:
-                order.extend(random.permutation(len(batches)).tolist())
+                order.extend(random.permutation(len(feeds)).tolist())
             picked, order = order[:_MICRO_BATCHES], order[_MICRO_BATCHES:]
-            of_weights, of_biases = self._gradients([batches[i] for i in picked], powers)
+            of_weights, of_biases = self._gradients([feeds[i] for i in picked], powers)
             for name, gradient in of_weights.items():
                 self._weights[name].set_gradients(gradient)
             for name, gradient in of_biases.items():
@@ -212,21 +212,22 @@ class _Learner:
             yield step + 1
 
     def _gradients(
-        self, batches: Sequence[_Batch], powers: Sequence[float]
+        self, feeds: Sequence[Feed], powers: Sequence[float]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         weights = {n: w.value().requires_grad_() for n, w in self._weights.items()}
         biases = {n: b.clone().requires_grad_() for n, b in self._biases.items()}
         leaves = [*weights.values(), *biases.values()]
 
-        def gradient(batch: _Batch) -> tuple[Tensor, ...]:
+        def gradient(feed: Feed) -> tuple[Tensor, ...]:
+            batch = self._read(feed)
             got = self._graph(batch.tensors, weights, biases)
             loss = self._output_loss(got, batch.wanted) + _BLOCKS * self._block_loss(
                 got, batch.wanted, powers
             )
-            return torch.autograd.grad(loss / len(batches), leaves)
+            return torch.autograd.grad(loss / len(feeds), leaves)
 
         # Summed in one order, whatever thread was first.
-        parts = list(self._pool.map(gradient, batches))
+        parts = list(self._pool.map(gradient, feeds))
         sums = [sum(p[1:], p[0]) for p in zip(*parts, strict=True)]
         return (
             dict(zip(weights, sums, strict=False)),
@@ -254,6 +255,17 @@ class _Learner:
         triples = zip(got[count:], wanted[count:], powers[count:], strict=True)
         return _mean([(a - b).square().mean() / power for a, b, power in triples])
 
+    def _powers(self, feeds: Sequence[Feed]) -> list[float]:
+        """The variance of each tensor that is wanted."""
+
+        def sums(feed: Feed) -> list[tuple[float, float, int]]:
+            wanted = [t.double() for t in self._read(feed).wanted]
+            return [(float(t.sum()), float(t.square().sum()), t.numel()) for t in wanted]
+
+        total, squares, count = np.sum(list(self._pool.map(sums, feeds)), axis=0).T
+        variance = squares / count - np.square(total / count)
+        return [float(x) for x in np.maximum(variance, 1e-30)]
+
     def _deviations(self, batch: _Batch) -> dict[str, Tensor]:
         """The standard deviation of each channel of each layer, the unit that biases are learned in."""
         layers = [x for x in self._layers if x.name in self._biases]
@@ -278,12 +290,6 @@ def _bias(layer: Layer, biases: Mapping[str, Floats]) -> Floats:
 
 def _mean(losses: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(losses)).mean() if losses else torch.zeros(())
-
-
-def _variance(tensors: Sequence[Tensor]) -> float:
-    count = sum(t.numel() for t in tensors)
-    mean = sum(float(t.sum()) for t in tensors) / count
-    return max(sum(float((t - mean).square().sum()) for t in tensors) / count, 1e-30)
 
 
 def _log_probabilities(x: Tensor, is_distribution: bool) -> Tensor:

@@ -144,7 +144,8 @@ def quantize(
     held out to prove that it helps. `max_drop`, in place of a budget, finds the smallest model that loses no more on
     these: points of top-1 if the data has labels, else percent of changed first classes, else percent of error energy
     (`facts.goal` says how much it was, how sure that is, and whether the goal was met). `mode` says how much work is
-    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default`. With `bn_recal` means and
+    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default` and learns
+    rounding with torch. With `bn_recal` means and
     variances are restored too, of BatchNormalization and of the layers' channels, where the held-out samples say that
     it helps. `equalize` builds a second model, from equalised weights, and keeps the better one. `stats` spares the
     calibration. Without data and statistics, formats follow from weight error alone. `seed` draws the held-out samples.

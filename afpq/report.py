@@ -353,13 +353,14 @@ def _calibration(report: Mapping[str, Any]) -> str:
     if correction is None:
         return text
     rows = [(name, f"{loss:.4g}") for name, loss in correction["losses"].items()]
+    notes = "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in correction["notes"])
     restored = ""
     for key, what in (("bn_recal", "Restoring statistics"), ("equalization", "Equalisation")):
         if correction.get(key) is not None:
             restored += f"\n\n{what}: {describe_gain(correction[key])}."
     return (
         f"{text}\n\n### Correction\n\nKept: {correction['kept']}, the best on "
-        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}{restored}"
+        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}{restored}{notes}"
     )
 
 

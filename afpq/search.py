@@ -62,6 +62,7 @@ class Mode:
     num_samples: int
     compensated: bool = True
     second_pass: bool = False  # measure again where all layers are rounded, and choose again
+    learned: bool = False  # rounding is learned through the network too, which needs torch
 
 
 # The loss of one layer is close to linear in its error, and what one rounding does to it varies by a third: a few
@@ -70,7 +71,7 @@ class Mode:
 MODES = {
     "quick": Mode((4,), 32, compensated=False),
     "default": Mode((2, 3, 5), 64),
-    "best": Mode((2, 3, 4, 5, 7), 128, second_pass=True),
+    "best": Mode((2, 3, 4, 5, 7), 128, second_pass=True, learned=True),
 }
 
 

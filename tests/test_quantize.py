@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 import afpq
-from afpq.errors import DataError, ModelError, PlanError
+from afpq.errors import DataError, ModelError, PlanError, RuntimeUnavailableError
+from afpq.graph import load_model
 from afpq.packed import read_packed
 from afpq.plan import Plan, PlanEntry
 from afpq.quantize import file_size, find_plan, load, prepare, quantize
@@ -114,6 +115,51 @@ def test_quick_mode_rounds_to_nearest(lenet: Path, digits: dict[str, Any]) -> No
     restored = "nearest rounding, statistics restored"
     assert set(losses) == {"nearest rounding", "bias correction", restored}
     assert losses[restored] < losses["nearest rounding"] / 2
+
+
+def test_best_mode_learns_rounding(
+    lenet: Path, digits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr("afpq.learn._STEPS", 16)
+    stages = set()
+
+    model = quantize(
+        lenet,
+        data=digits,
+        bits=3,
+        samples=64,
+        mode="best",
+        progress=lambda stage, done, total: stages.add(stage),
+    )
+
+    assert "learn" in stages
+    assert model.facts.correction is not None
+    assert "learned rounding" in model.facts.correction["losses"]
+    assert model.facts.correction["notes"] == []
+
+
+def test_best_mode_without_torch_is_refused_early(
+    lenet: Path, digits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afpq._job.find_spec", lambda name: None)
+
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'afpq\[torch\]'"):
+        prepare(lenet, data=digits, mode="best")
+    prepare(lenet, mode="best")  # nothing to learn from
+
+
+def test_layers_that_compensation_passes_by_are_named(
+    lenet: Path, digits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afpq._walk.MAX_K", 300)
+
+    model = quantize(lenet, data=digits, bits=4, samples=64)
+
+    assert model.facts.correction is not None
+    (note,) = model.facts.correction["notes"]
+    long = [layer.name for layer in load_model(lenet).layers if layer.k > 300]
+    assert long and note.endswith(": " + ", ".join(long))
 
 
 def test_statistics_are_left_alone_on_request(lenet: Path, digits: dict[str, Any]) -> None:
