@@ -1,4 +1,4 @@
-"""Rounds a float32 tensor to a format inside a graph, by plain ONNX operators, exactly as `formats.fake_quantize` does."""
+"""Rounds a float32 tensor inside a graph, by plain ONNX operators, exactly as `formats.fake_quantize` rounds."""
 
 import numpy as np
 import onnx_ir as ir

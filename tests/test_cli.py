@@ -20,7 +20,17 @@ import afpq
 from afpq._cli_output import StageProgress, format_bytes, format_change, parse_size, shorten_names
 from afpq.cli import main
 
-COMMANDS = ["bench", "compare", "doctor", "formats", "inspect", "quantize", "report", "verify"]
+COMMANDS = [
+    "bench",
+    "compare",
+    "doctor",
+    "formats",
+    "inspect",
+    "quantize",
+    "report",
+    "sweep",
+    "verify",
+]
 
 
 @pytest.fixture
