@@ -5,7 +5,7 @@ for shares. What an output means (`kind`) is found in the reference's first batc
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ from afpq.errors import ModelError
 from afpq.packed import DOMAIN, file_bytes, read_ir
 from afpq.runtime import session
 
-__all__ = ["Comparison", "LayerComparison", "OutputComparison", "compare"]
+__all__ = ["Comparison", "LayerComparison", "OutputComparison", "compare", "compare_output"]
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]  # stage, samples done, samples in all
@@ -143,6 +143,20 @@ def compare(
         quantized_bytes=_bytes(quantized),
         preprocess=None if opened.preprocess is None else str(opened.preprocess),
     )
+
+
+def compare_output(
+    name: str, batches: Iterable[tuple[Array, Array, npt.NDArray[np.int64] | None]]
+) -> OutputComparison:
+    """The numbers of one output from batches of (reference, other, labels of the samples or None).
+
+    Raises:
+        ModelError: an output holds NaN.
+    """
+    tally = _Tally(name)
+    for reference, other, labels in batches:
+        tally.add(reference, other, labels)
+    return tally.result()
 
 
 @dataclass

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from afpq._build import session_of
+from afpq._rounder import Rounder
 from afpq.activations import allocate_activations
 from afpq.errors import PlanError
-from afpq.formats import AfpFormat
 from afpq.graph import Model
 from afpq.packed import DOMAIN
 from afpq.plan import ActivationEntry, Plan
@@ -117,46 +116,7 @@ def round_in_graph(packed: ir.Model, entries: dict[str, ActivationEntry]) -> Non
         if entry is None or value is None:
             continue
         if (value, entry) not in rounded:
-            rounder = _Rounder(graph, f"afpq.rounded.{len(rounded)}")
+            rounder = Rounder(graph, f"afpq.rounded.{len(rounded)}")
             rounded[value, entry] = rounder.round(value, entry.format, entry.scale)
             graph.insert_before(node, rounder.nodes)
         node.replace_input_with(0, rounded[value, entry])
-
-
-class _Rounder:
-    """Builds the nodes of one rounding; their order is that of execution."""
-
-    def __init__(self, graph: ir.Graph, prefix: str) -> None:
-        self.nodes: list[ir.Node] = []
-        self._graph, self._prefix = graph, prefix
-        self._constants: dict[float, ir.Value] = {}
-
-    def round(self, x: ir.Value, fmt: AfpFormat, scale: float) -> ir.Value:
-        """The nearest `I * scale`: integers, then even integers from 2^(M + 1) on, multiples of 4 from 2^(M + 2) .."""
-        largest = float(fmt.max_integer)
-        ratio = self._op("Div", x, self._constant(scale))
-        low = self._constant(-largest if fmt.signed else 0.0)
-        ratio = self._op("Clip", ratio, low, self._constant(largest))
-        result, size = self._op("Round", ratio), self._op("Abs", ratio)
-        for power in range(1, (1 << fmt.exponent_bits) - 1):
-            step = self._constant(2.0**power)
-            coarse = self._op("Mul", self._op("Round", self._op("Div", ratio, step)), step)
-            reached = self._op(
-                "GreaterOrEqual", size, self._constant(2.0 ** (fmt.mantissa_bits + power))
-            )
-            result = self._op("Where", reached, coarse, result)
-        return self._op("Mul", result, self._constant(scale))
-
-    def _op(self, op_type: str, *inputs: ir.Value) -> ir.Value:
-        node = ir.node(op_type, list(inputs))
-        node.outputs[0].name = f"{self._prefix}.{len(self.nodes)}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def _constant(self, number: float) -> ir.Value:
-        if number not in self._constants:
-            name = f"{self._prefix}.c{len(self._constants)}"
-            value = ir.val(name, const_value=ir.tensor(np.float32(number), name=name))
-            self._graph.register_initializer(value)
-            self._constants[number] = value
-        return self._constants[number]

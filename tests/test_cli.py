@@ -20,7 +20,17 @@ import afpq
 from afpq._cli_output import StageProgress, format_bytes, format_change, parse_size, shorten_names
 from afpq.cli import main
 
-COMMANDS = ["bench", "compare", "doctor", "formats", "inspect", "quantize", "report", "verify"]
+COMMANDS = [
+    "bench",
+    "compare",
+    "doctor",
+    "formats",
+    "inspect",
+    "quantize",
+    "report",
+    "sweep",
+    "verify",
+]
 
 
 @pytest.fixture
@@ -693,3 +703,54 @@ def test_slow_stages_draw_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -
 
     assert "calibrate" in stream.text and "1/2" in stream.text
     assert "calibrate: 2 done in" in stream.text
+
+
+# Sweeps
+
+
+def test_a_sweep_prints_and_writes_what_it_finds(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = [tmp_path / f"s{suffix}" for suffix in (".md", ".svg", ".json")]
+    written = [word for path in outputs for word in ("-o", path)]
+
+    code = run(
+        *("sweep", models / "lenet5_digits.onnx", "--data", models / "digits_evaluation.npz"),
+        *("--samples", 40, "--formats", "e4m3,e3m0", "-j", 1, *written),
+    )
+
+    captured = capsys.readouterr()
+    assert code == 0
+    assert "top-1 over 40 samples" in captured.out
+    assert "e3m0 without a mantissa: weights only" in captured.err
+    found = json.loads(outputs[2].read_text())
+    kinds = [(curve["subject"], curve["format"]) for curve in found["curves"]]
+    assert kinds == [("weights", "e4m3"), ("weights", "e3m0"), ("activations", "e4m3")]
+    text = outputs[0].read_text()
+    for curve in found["curves"]:
+        first, last = curve["plateau"]
+        assert f"| {first}..{last} | {last - first + 1} |" in text
+    assert "](s.svg)" in text
+    assert outputs[1].read_text().startswith("<svg ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--formats", "e4m3", "--bits", 8), "give --formats or --bits, not both"),
+        (("--formats", "e9m9"), "exponent_bits 9 is not in the range"),
+        (("--formats", "ue2m5"), "ue2m5 is unsigned"),
+        (("-o", "s.png"), "the supported suffixes are .svg, .md and .json"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(
+    arguments: tuple[object, ...],
+    message: str,
+    models: Path,
+    calibration: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = run("sweep", models / "lenet5_digits.onnx", "--data", calibration, *arguments)
+
+    assert code in (1, 2)
+    assert message in error_of(capsys)

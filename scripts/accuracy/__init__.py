@@ -1,0 +1,1 @@
+"""Parts of scripts/bench_accuracy: networks with their data, methods, and measurements."""

@@ -1,0 +1,198 @@
+"""Sweeps: rounding by operators equals the definition, points equal a plain computation, the picture shows them all."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import graphs
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from afpq._draw import draw
+from afpq._rounder import Rounder
+from afpq.errors import FormatError, ModelError
+from afpq.formats import AfpFormat, all_formats, fake_quantize, magnitudes, scale_of
+from afpq.graph import load_model
+from afpq.rounding import fake_quantize_rows
+from afpq.runtime import FloatModel, session
+from afpq.sweep import Curve, Point, Sweep, distinct_formats, sweep
+
+FORMATS = [f for f in (*all_formats(), *all_formats(signed=False)) if f.mantissa_bits > 0]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_rounding_in_a_graph_equals_the_definition(fmt: AfpFormat) -> None:
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=["n"])
+    scale = ir.val("scale", dtype=ir.DataType.FLOAT, shape=[])
+    graph = ir.Graph([x, scale], [], nodes=[], opset_imports={"": 17})
+    rounder = Rounder(graph, "r")
+    y = rounder.round(x, fmt, scale)
+    graph.extend(rounder.nodes)
+    y.dtype, y.shape = ir.DataType.FLOAT, ir.Shape(["n"])
+    graph.outputs.append(y)
+    model = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+
+    levels = magnitudes(fmt)
+    for bias in (-3, 4):
+        unit = scale_of(fmt, bias)
+        points = np.concatenate([levels, (levels[1:] + levels[:-1]) / 2, levels[-1:] * 2])
+        values = (points * unit).astype(np.float32)
+        near = [np.nextafter(values, np.float32(end)) for end in (0, np.inf)]
+        values = np.concatenate([values, *near])
+        values = np.concatenate([values, -values])
+        result = session(model).run(None, {"x": values, "scale": np.asarray(unit)})[0]
+        np.testing.assert_array_equal(result, fake_quantize(values, fmt, unit))
+
+
+def test_formats_of_equal_values_are_listed_once() -> None:
+    assert [str(f) for f in distinct_formats(4)] == ["e0m3", "e2m1", "e3m0"]
+    assert [str(f) for f in distinct_formats(8)] == ["e0m7", "e2m5", "e3m4", "e4m3", "e5m2"]
+
+
+def curve(*scores: float) -> Curve:
+    points = (Point(bias, score, None, None) for bias, score in enumerate(scores, 3))
+    return Curve("weights", AfpFormat(2, 1), tuple(points))
+
+
+def test_a_plateau_has_no_gap() -> None:
+    found = curve(0.9, 0.2, 0.895, 0.9, 0.91, 0.9, 0.5, 0.91)
+
+    assert found.best.exponent_bias == 7  # of equal scores the first
+    assert found.plateau(0.01) == (6, 8)
+    assert found.plateau(0.02) == (5, 8)
+    assert found.plateau(0) == (7, 7)
+
+
+def test_of_equal_scores_the_highest_sqnr_is_best() -> None:
+    points = (Point(0, 0.9, 0.1, 12.0), Point(1, 0.9, 0.1, 15.0), Point(2, 0.8, 0.1, 20.0))
+
+    assert Curve("weights", AfpFormat(2, 1), points).best.exponent_bias == 1
+
+
+@pytest.fixture(scope="module")
+def lenet_map(models: Path) -> Sweep:
+    formats = [AfpFormat(4, 3), AfpFormat(3, 0)]
+    data = models / "digits_evaluation.npz"
+    return sweep(models / "lenet5_digits.onnx", data, formats=formats, samples=60, threads=1)
+
+
+def test_a_sweep_maps_weights_activations_and_both(lenet_map: Sweep) -> None:
+    assert (lenet_map.metric, lenet_map.num_samples) == ("top1", 60)
+    kinds = [(c.subject, str(c.format)) for c in lenet_map.curves]
+    assert kinds == [("weights", "e4m3"), ("weights", "e3m0"), ("activations", "e4m3")]
+    for found in lenet_map.curves:
+        biases = [point.exponent_bias for point in found.points]
+        assert biases == list(range(biases[0], biases[-1] + 1))
+        # Both ends are past the plateau: steps too coarse, and values cut off.
+        first, last = found.plateau()
+        assert biases[0] < first <= last < biases[-1]
+    assert lenet_map.curves[0].best.score >= lenet_map.float_score - 0.02
+    assert [str(entry.format) for entry in lenet_map.joint] == ["e4m3"]
+    assert lenet_map.joint[0].point.score >= lenet_map.float_score - 0.02
+
+
+def test_a_float_format_has_a_wider_plateau_than_an_integer(models: Path) -> None:
+    formats = [AfpFormat(0, 7), AfpFormat(4, 3), AfpFormat(5, 2)]
+    data = models / "digits_evaluation.npz"
+    result = sweep(
+        models / "lenet5_digits.onnx", data, formats=formats, subjects=["weights"], samples=60
+    )
+    widths = [last - first for first, last in (c.plateau() for c in result.curves)]
+    assert widths[0] < widths[1] < widths[2]
+
+
+def test_points_are_those_of_plainly_rounded_networks(models: Path) -> None:
+    model, fmt = load_model(models / "lenet5_digits.onnx"), AfpFormat(3, 2)
+    with np.load(models / "digits_evaluation.npz") as arrays:
+        data = {"input": arrays["input"][:40], "labels": arrays["labels"][:40]}
+    found = sweep(model, data, formats=[fmt], subjects=["weights"], threads=1).curves[0]
+
+    for point in found.points[::3]:
+        scale = scale_of(fmt, [point.exponent_bias])
+        tensors = model.tensors().items()
+        weights = {name: fake_quantize_rows(layer.weight, fmt, scale) for name, layer in tensors}
+        simulation = FloatModel(model, threads=1).simulate(weights)
+        classes = simulation.run({"input": data["input"]})[0].argmax(1)
+        assert point.score == pytest.approx((classes == data["labels"]).mean())
+
+
+def test_the_same_arguments_give_the_same_map(models: Path, lenet_map: Sweep) -> None:
+    again = sweep(
+        models / "lenet5_digits.onnx",
+        models / "digits_evaluation.npz",
+        formats=[AfpFormat(4, 3), AfpFormat(3, 0)],
+        samples=60,
+        threads=1,
+    )
+    assert again == lenet_map
+
+
+def test_activations_are_rounded_once_for_all_readers(tmp_path: Path) -> None:
+    # Two products and an Add read x: the products see rounded values, the Add the float ones.
+    nodes = [
+        graphs.node("MatMul", "x a", "h"),
+        graphs.node("MatMul", "x b", "g"),
+        graphs.node("Add", "h g", "s"),
+        graphs.node("Add", "s x", "y"),
+    ]
+    constants = {"a": np.eye(16, dtype=np.float32), "b": np.zeros((16, 16), np.float32)}
+    path = graphs.write(tmp_path, graphs.build(nodes, {"x": ["m", 16]}, constants))
+    x = graphs.constant(40, 16)
+    fmt = AfpFormat(2, 3)
+
+    result = sweep(path, {"x": x}, formats=[fmt], subjects=["activations"], threads=1)
+
+    assert result.metric == "agreement"
+    for point in result.curves[0].points:
+        noise = np.square(fake_quantize(x, fmt, scale_of(fmt, point.exponent_bias)) - x).sum()
+        expected = 10 * np.log10(np.square(2.0 * x).sum() / noise)
+        assert point.sqnr_db == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_output_of_values_is_scored_by_cosine(tmp_path: Path) -> None:
+    nodes = [graphs.node("MatMul", "x w", "embedding")]
+    model = graphs.build(
+        nodes, {"x": ["m", 16]}, {"w": graphs.constant(16, 8)}, outputs=["embedding"]
+    )
+    path = graphs.write(tmp_path, model)
+
+    result = sweep(path, {"x": graphs.constant(20, 16, seed=1)}, formats=[AfpFormat(3, 2)])
+
+    assert (result.metric, result.float_stderr) == ("cosine", None)
+    assert result.float_score == pytest.approx(1)
+    assert all(c.best.kl is None and c.best.score > 0.99 for c in result.curves)
+
+
+def test_nan_scores_nothing(tmp_path: Path) -> None:
+    # Every other output is 0 / 0 where its small weights are rounded to 0.
+    nodes = [graphs.node("MatMul", "x w", "h"), graphs.node("Div", "h h", "y")]
+    weight = np.tile(np.array([1, 1e-3], np.float32), (16, 8))
+    path = graphs.write(tmp_path, graphs.build(nodes, {"x": ["m", 16]}, {"w": weight}))
+    data = {"x": np.ones((4, 16), np.float32)}
+
+    points = sweep(path, data, formats=[AfpFormat(4, 3)], subjects=["weights"]).curves[0].points
+
+    assert points[0] == Point(points[0].exponent_bias, 0.0, None, None)
+    assert points[-1].score == 1
+
+
+def test_what_cannot_be_swept_is_refused(tmp_path: Path, models: Path) -> None:
+    with pytest.raises(FormatError, match="ue2m5 is unsigned"):
+        sweep(models / "lenet5_digits.onnx", {}, formats=[AfpFormat(2, 5, signed=False)])
+    path = graphs.write(tmp_path, graphs.build([graphs.node("Relu", "x", "y")], {"x": ["m", 4]}))
+    with pytest.raises(ModelError, match="no weights to round"):
+        sweep(path, {"x": graphs.constant(3, 4)})
+
+
+def test_the_picture_shows_every_curve_and_its_plateau(lenet_map: Sweep) -> None:
+    picture = ElementTree.fromstring(draw(lenet_map, 0.01))
+
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [element.text for element in picture.iter(f"{name}text")]
+    lines = [element.get("points", "") for element in picture.iter(f"{name}polyline")]
+    assert {"e4m3", "e3m0", "float32", "top-1, %"} <= set(texts)
+    assert len(lines) == 2 * len(lenet_map.curves)
+    for found, line, flat in zip(lenet_map.curves, lines[::2], lines[1::2]):
+        first, last = found.plateau(0.01)
+        assert len(line.split()) == len(found.points)
+        assert len(flat.split()) == last - first + 1
