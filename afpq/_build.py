@@ -16,7 +16,7 @@ import onnxruntime as ort
 from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._probe import Feeds, random_feeds
-from afpq._ways import Way, find_ways, gain
+from afpq._ways import Way, find_ways, gain, refitted
 from afpq.activations import choose_activations
 from afpq.calibrate import Stats
 from afpq.correct import can_correct
@@ -64,20 +64,31 @@ def build_graph(
     trials = _try_all(job, plan, ways, progress)
     losses = {name: trial.loss for name, trial in trials.items()}
     kept = min(losses, key=lambda name: losses[name])
-    return trials[kept].graph, replace(
+    graph, way = trials[kept].graph, ways[kept]
+    again = refitted(job, plan, kept, ways, progress)
+    if again is not None:
+        trial = _try_all(job, plan, {kept: again}, progress)[kept]
+        if (
+            trial.loss <= losses[kept]
+        ):  # they were fitted to these samples: anything else would be odd
+            graph, way = trial.graph, again
+    samples = job.samples if way is again else job.fit
+    return graph, replace(
         facts,
-        layers=layer_facts(plan.entries, ways[kept].sqnr),
+        layers=layer_facts(plan.entries, way.sqnr),
         correction={
             "kept": kept,
             "held_out_samples": job.held_out.num_samples,
             "losses": losses,
             "bn_recal": gain(losses),
             "notes": notes,
+            "fitted_samples": 0 if samples is None else samples.num_samples,
             "equalization": None,
         },
         accuracy=accuracy_facts(
             trials[kept].comparison.to_dict(),
-            f"{job.data_name} (held out of calibration and search)",
+            f"{job.data_name} (held out of calibration and search"
+            + ("; before the last fit)" if way is again else ")"),
         ),
     )
 

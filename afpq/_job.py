@@ -35,6 +35,7 @@ class Job:
     max_drop: float | None = None  # percent, see `afpq._drop`
     fit: Data | None = None  # samples for calibration and search
     held_out: Data | None = None  # samples that only judge
+    samples: Data | None = None  # all of both
     data_name: str = ""
     activations: str = "a16"
     kind: str = "real"
@@ -120,7 +121,7 @@ def prepare(
             f"max_drop judges held-out samples, and {opened.num_samples} are too few to hold any out: "
             f"give {MIN_SAMPLES_TO_SPLIT} or more"
         )
-    return replace(job, fit=fit, held_out=held_out, data_name=name)
+    return replace(job, fit=fit, held_out=held_out, samples=opened, data_name=name)
 
 
 def _check_choices(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from afpq._job import Job
 from afpq._judge import choose_objective
 from afpq.calibrate import Stats
-from afpq.compensate import Choice, compensate
+from afpq.compensate import MAX_SAMPLES, Choice, compensate
 from afpq.correct import correct_biases
 from afpq.data import Data
 from afpq.packing import PackedTensor
@@ -19,7 +19,7 @@ from afpq.restore import restore
 from afpq.runtime import FloatModel
 from afpq.search import MODES
 
-__all__ = ["Way", "find_ways", "gain"]
+__all__ = ["Way", "find_ways", "gain", "refitted"]
 
 # The first of equal ones is kept.
 NEAREST = "nearest rounding"
@@ -68,6 +68,21 @@ def find_ways(
     if job.bn_recal:
         ways[base + RESTORED] = _restored(job, job.fit, ways[base], progress)
     return ways, notes
+
+
+def refitted(
+    job: Job, plan: Plan, kept: str, ways: Mapping[str, Way], progress: Progress
+) -> Way | None:
+    """The way called `kept`, made anew from all samples, those that chose it among them.
+
+    None where more samples would change nothing, or where the model has to be the one that was judged.
+    """
+    if not kept.startswith(COMPENSATION) or job.max_drop is not None:
+        return None
+    if job.fit is None or job.samples is None or job.fit.num_samples >= MAX_SAMPLES:
+        return None
+    way, _ = _compensated(job, job.samples, plan, ways[BIAS_CORRECTION], progress)
+    return _restored(job, job.samples, way, progress) if kept.endswith(RESTORED) else way
 
 
 def gain(losses: Mapping[str, float]) -> dict[str, float] | None:

@@ -29,13 +29,13 @@ from afpq.packing import PackedTensor
 from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import FloatModel
 
-__all__ = ["Choice", "Rounded", "compensate", "probe", "round_layer"]
+__all__ = ["MAX_SAMPLES", "Choice", "Rounded", "compensate", "probe", "round_layer"]
 
 # What is added to the diagonal of H, in units of its mean; more where there are few rows for each unknown.
 _DAMPING = 0.1
 _MAX_REFITS = 4
 # A few hundred samples say all that moments can say; more would only take time.
-_MAX_SAMPLES = 256
+MAX_SAMPLES = 256
 _TINY = 1e-300
 
 Floats = npt.NDArray[np.float32]
@@ -124,7 +124,7 @@ def compensate(
     used = {name: bias for name, bias in biases.items() if name not in walked}
     steps = walk(
         network,
-        data.take(_MAX_SAMPLES),
+        data.take(MAX_SAMPLES),
         groups,
         weights=weights,
         biases=used,
@@ -170,7 +170,7 @@ def probe(
     used = {n: b for n, b in (biases or {}).items() if n not in walked}
     steps = walk(
         network,
-        data.take(_MAX_SAMPLES),
+        data.take(MAX_SAMPLES),
         groups,
         weights=None if weights is None else changed,
         biases=used,

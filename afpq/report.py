@@ -353,6 +353,9 @@ def _calibration(report: Mapping[str, Any]) -> str:
     if correction is None:
         return text
     rows = [(name, f"{loss:.4g}") for name, loss in correction["losses"].items()]
+    again = ""
+    if calibration is not None and correction["fitted_samples"] > calibration["samples"]:
+        again = f", then fitted once more to all {correction['fitted_samples']}; losses are from before that"
     notes = "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in correction["notes"])
     restored = ""
     for key, what in (("bn_recal", "Restoring statistics"), ("equalization", "Equalisation")):
@@ -360,7 +363,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
             restored += f"\n\n{what}: {describe_gain(correction[key])}."
     return (
         f"{text}\n\n### Correction\n\nKept: {correction['kept']}, the best on "
-        f"{correction['held_out_samples']} held-out samples.\n\n{_table(('way', 'loss'), rows)}{restored}{notes}"
+        f"{correction['held_out_samples']} held-out samples{again}.\n\n{_table(('way', 'loss'), rows)}{restored}{notes}"
     )
 
 
