@@ -66,18 +66,11 @@ class Curve:
 
     @property
     def best(self) -> Point:
-        """The point of the highest score; of equal ones, that of the highest SQNR, then of the least bias."""
-        return max(self.points, key=_rank)
+        """The point of the least KL divergence, or of the highest SQNR where the output is no classification.
 
-    def plateau(self, tolerance: float = TOLERANCE) -> tuple[int, int]:
-        """First and last of the biases around the best one, without a gap, that score within `tolerance` of it."""
-        enough = self.best.score - tolerance
-        first = last = self.points.index(self.best)
-        while first > 0 and self.points[first - 1].score >= enough:
-            first -= 1
-        while last + 1 < len(self.points) and self.points[last + 1].score >= enough:
-            last += 1
-        return self.points[first].exponent_bias, self.points[last].exponent_bias
+        Both vary less by chance than the score of a few samples, which decides ties; then the least bias does.
+        """
+        return max(self.points, key=_rank)
 
 
 @dataclass(frozen=True)
@@ -102,6 +95,20 @@ class Sweep:
     curves: tuple[Curve, ...]
     joint: tuple[Joint, ...]  # empty unless both subjects were swept
 
+    def plateau(self, curve: Curve, tolerance: float = TOLERANCE) -> tuple[int, int]:
+        """First and last of the biases around the best one, without a gap, that score within `tolerance` of it.
+
+        A best point that is by chance above the float network counts like that.
+        """
+        points, best = curve.points, curve.best
+        enough = min(best.score, self.float_score) - tolerance
+        first = last = points.index(best)
+        while first > 0 and points[first - 1].score >= enough:
+            first -= 1
+        while last + 1 < len(points) and points[last + 1].score >= enough:
+            last += 1
+        return points[first].exponent_bias, points[last].exponent_bias
+
     def to_dict(self, tolerance: float = TOLERANCE) -> dict[str, Any]:
         """Plain data for JSON; an infinite SQNR is None."""
         curves = [
@@ -109,7 +116,7 @@ class Sweep:
                 "subject": curve.subject,
                 "format": str(curve.format),
                 "best_exponent_bias": curve.best.exponent_bias,
-                "plateau": list(curve.plateau(tolerance)),
+                "plateau": list(self.plateau(curve, tolerance)),
                 "points": [_plain(point) for point in curve.points],
             }
             for curve in self.curves
@@ -168,8 +175,10 @@ def sweep(
         for fmt in formats
         if subject == "weights" or fmt.mantissa_bits > 0
     ]
-    total, done = sum(len(biases) for _, _, biases in plans), 0
-    curves = []
+    rounded = {(subject, fmt) for subject, fmt, _ in plans}
+    pairs = [fmt for fmt in formats if {(subject, fmt) for subject in SUBJECTS} <= rounded]
+    total, done = sum(len(biases) for _, _, biases in plans) + len(pairs), 0
+    curves, joint = [], []
     for subject, fmt, biases in plans:
         points = []
         for point in study.points(subject, fmt, biases):
@@ -178,6 +187,12 @@ def sweep(
             if progress is not None:
                 progress("sweep", done, total)
         curves.append(Curve(subject, fmt, tuple(points)))
+    best = {(curve.subject, curve.format): curve.best.exponent_bias for curve in curves}
+    for fmt in pairs:
+        joint.append(study.joint(fmt, best["weights", fmt], best["activations", fmt]))
+        done += 1
+        if progress is not None:
+            progress("sweep", done, total)
     return Sweep(
         model=study.model.path.name,
         metric=study.metric,
@@ -185,7 +200,7 @@ def sweep(
         float_score=study.float_score,
         float_stderr=study.float_stderr,
         curves=tuple(curves),
-        joint=tuple(study.joint(curves)),
+        joint=tuple(joint),
     )
 
 
@@ -237,15 +252,11 @@ class _Study:
 
             yield self._point(bias, run)
 
-    def joint(self, curves: Sequence[Curve]) -> Iterator[Joint]:
-        best = {(curve.subject, curve.format): curve.best.exponent_bias for curve in curves}
-        for (subject, fmt), bias in best.items():
-            if subject == "weights" and ("activations", fmt) in best:
-                other = best["activations", fmt]
-                rounding = FloatModel(_rounding(self.model, fmt), threads=self._threads)
-                extra = {_SCALE: np.asarray(scale_of(fmt, other))}
-                point = self._point(bias, self._simulation(rounding, fmt, bias, extra))
-                yield Joint(fmt, bias, other, point)
+    def joint(self, fmt: AfpFormat, weight_bias: int, activation_bias: int) -> Joint:
+        network = FloatModel(_rounding(self.model, fmt), threads=self._threads)
+        extra = {_SCALE: np.asarray(scale_of(fmt, activation_bias))}
+        run = self._simulation(network, fmt, weight_bias, extra)
+        return Joint(fmt, weight_bias, activation_bias, self._point(weight_bias, run))
 
     def _simulation(
         self, network: FloatModel, fmt: AfpFormat, bias: int, extra: Feed | None = None
@@ -289,8 +300,10 @@ class _NotANumber(Exception):
 
 
 def _rank(point: Point) -> tuple[float, float, int]:
-    sqnr = -math.inf if point.sqnr_db is None else point.sqnr_db
-    return point.score, sqnr, -point.exponent_bias
+    quality = -math.inf if point.sqnr_db is None else point.sqnr_db
+    if point.kl is not None:
+        quality = -point.kl
+    return quality, point.score, -point.exponent_bias
 
 
 def _labelled(data: Data) -> Iterator[tuple[Feed, npt.NDArray[np.int64] | None]]:
