@@ -1,12 +1,14 @@
 """Maps accuracy over formats and exponent biases: one of each for all weights, or for all that layers read.
 
-It is the study of Noune et al. 2022 ("8-bit Numerical Formats for Deep Neural Networks"), for inference: a format has
-one exponent bias for the whole network, and the range of biases over which accuracy holds, the plateau, tells how much
-the format forgives. Weights are rounded to nearest with activations in float32, and the reverse; biases and all other
-operators stay float32. Activations are the inputs of matrix products and convolutions, the network's inputs too.
+It is the study of Noune et al. 2022 ("8-bit Numerical Formats for Deep Neural Networks", arXiv 2206.02915) for
+inference: a format has one exponent bias for the whole network, and the range of biases over which accuracy holds, the
+plateau, tells how much the format forgives. Weights are rounded to nearest with activations in float32, and the
+reverse; biases and all other operators stay float32. Activations are the inputs of matrix products and convolutions,
+the network's inputs too.
 
-The reference runs once. Every point of the weights is the same serialized graph with other arrays handed over; the
-points of the activations share one session a format, whose scale is an input.
+The reference runs once. Every point of the weights is the same serialized graph with other arrays handed over:
+starting a session takes little beside a pass over the samples, and weights that were inputs would keep the runtime
+from arranging them for its kernels. Points of the activations share one session a format, whose scale is an input.
 """
 
 import math
@@ -226,7 +228,12 @@ class _Study:
                 self._sizes["activations"] = self._activation_size(feed)
             self._batches.append((feed, outputs[self._output], labels))
         self.num_samples = opened.num_samples
-        own = self._compare(self._float_run)
+        try:
+            own = self._compare(self._float_run)
+        except _NotANumber as error:
+            raise ModelError(
+                f"{self.model.path}: gives NaN in output {self._output!r} on this data"
+            ) from error
         labelled = own.top1 is not None
         self.metric = "top1" if labelled else "agreement" if own.agreement is not None else "cosine"
         self.float_score, self.float_stderr = _number(own, self.metric), own.top1_stderr
@@ -307,11 +314,10 @@ def _rank(point: Point) -> tuple[float, float, int]:
 
 
 def _labelled(data: Data) -> Iterator[tuple[Feed, npt.NDArray[np.int64] | None]]:
-    done = 0
+    labels, done = data.labels, 0
     for feed in data.batches(_BATCH):
         count = data.count(feed)
-        labels = None if data.labels is None else data.labels[done : done + count]
-        yield dict(feed), labels
+        yield dict(feed), None if labels is None else labels[done : done + count]
         done += count
 
 

@@ -189,6 +189,10 @@ def test_nan_scores_nothing(tmp_path: Path) -> None:
 def test_what_cannot_be_swept_is_refused(tmp_path: Path, models: Path) -> None:
     with pytest.raises(FormatError, match="ue2m5 is unsigned"):
         sweep(models / "lenet5_digits.onnx", {}, formats=[AfpFormat(2, 5, signed=False)])
+    nodes = [graphs.node("MatMul", "x w", "h"), graphs.node("Log", "h", "y")]
+    model = graphs.build(nodes, {"x": ["m", 16]}, {"w": graphs.constant(16, 8)})
+    with pytest.raises(ModelError, match="gives NaN in output 'y'"):
+        sweep(graphs.write(tmp_path, model), {"x": graphs.constant(9, 16)})
     path = graphs.write(tmp_path, graphs.build([graphs.node("Relu", "x", "y")], {"x": ["m", 4]}))
     with pytest.raises(ModelError, match="no weights to round"):
         sweep(path, {"x": graphs.constant(3, 4)})
