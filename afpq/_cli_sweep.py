@@ -66,7 +66,7 @@ def _formats(
     type=click.FloatRange(min=0),
     default=1.0,
     metavar="P",
-    help="A plateau is within so many points of the best (1).",
+    help="A plateau is within so many points of the best bias (1).",
 )
 @click.option(
     "-o",
@@ -162,14 +162,14 @@ def _summary(result: "Sweep", tolerance: float) -> str:
     name = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine"}[result.metric]
     return (
         f"{result.model}: {name} over {result.num_samples} samples, float {100 * result.float_score:.2f} %"
-        f"{spread}; a plateau is within {100 * tolerance:g} points of the best"
+        f"{spread}; a plateau is within {100 * tolerance:g} points of the best (of float, if that is less)"
     )
 
 
 def _rows(result: "Sweep", tolerance: float) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for curve in result.curves:
-        first, last = curve.plateau(tolerance)
+        first, last = result.plateau(curve, tolerance)
         head = (str(curve.format), curve.subject, str(curve.best.exponent_bias))
         rows.append((*head, *_numbers(curve.best), f"{first}..{last}", str(last - first + 1)))
     return rows
@@ -201,9 +201,11 @@ def _markdown(result: "Sweep", tolerance: float, pictures: Sequence[Path]) -> st
         "",
     ]
     lines += [
-        "Written by `afpq sweep`. One format and one exponent bias for all weights of the network, or for all that its",
-        "layers read; the other side and all biases are float32. Codes stand for `I * 2^(1 - M - exponent_bias)`, and",
-        "beyond the largest value they saturate.",
+        "Written by `afpq sweep`.",
+        "",
+        "One format and one exponent bias for all weights of the network, or for all that its layers read; the other",
+        "side and all biases are float32. Codes stand for `I * 2^(1 - M - exponent_bias)` and saturate beyond the",
+        "largest value. The best bias is that of the least KL (without classes: of the highest SQNR).",
         "",
     ]
     lines += [line for p in pictures for line in (f"![score over exponent bias]({p.name})", "")]

@@ -8,7 +8,7 @@ from afpq.sweep import Curve, Sweep
 __all__ = ["draw"]
 
 _WIDTH, _HEIGHT = 460, 300  # of the plotted area of one panel
-_LEFT, _TOP, _BOTTOM, _GAP = 60, 50, 62, 100
+_LEFT, _TOP, _BOTTOM, _GAP = 60, 50, 62, 120
 # Okabe and Ito's colours, which most colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6F47")
 _TITLES = {
@@ -72,29 +72,24 @@ def _panel(
     out.append(_line(x0, exact, x0 + _WIDTH, exact, "#888", dashes="6 4"))
     out.append(_text(x0 + _WIDTH + 8, exact - 6, "float32", "start", "#666"))
     for number, curve in enumerate(curves):
+        place = exact + 16 + 18 * number
         colour = colours[str(curve.format)]
-        out += _curve(curve, colour, x, y, tolerance)
-        out.append(
-            _text(
-                x0 + _WIDTH + 8,
-                exact + 16 + 18 * number,
-                str(curve.format),
-                "start",
-                colour,
-                bold=True,
-            )
-        )
+        out.append(_text(x0 + _WIDTH + 8, place, str(curve.format), "start", colour, bold=True))
+    plateaus = {curve: sweep.plateau(curve, tolerance) for curve in curves}
+    # The widest plateau first, or it would hide the others.
+    for curve, flat in sorted(plateaus.items(), key=lambda item: item[1][0] - item[1][1]):
+        out += _curve(curve, flat, colours[str(curve.format)], x, y)
     return out
 
 
 def _curve(
     curve: Curve,
+    plateau: tuple[int, int],
     colour: str,
     x: Callable[[float], float],
     y: Callable[[float], float],
-    tolerance: float,
 ) -> list[str]:
-    first, last = curve.plateau(tolerance)
+    first, last = plateau
     spots = [(p.exponent_bias, f"{x(p.exponent_bias):.1f},{y(p.score):.1f}") for p in curve.points]
     flat = [spot for bias, spot in spots if first <= bias <= last]
     line = 'fill="none" stroke-linejoin="round" stroke-linecap="round"'

@@ -1,12 +1,14 @@
 """Maps accuracy over formats and exponent biases: one of each for all weights, or for all that layers read.
 
-It is the study of Noune et al. 2022 ("8-bit Numerical Formats for Deep Neural Networks"), for inference: a format has
-one exponent bias for the whole network, and the range of biases over which accuracy holds, the plateau, tells how much
-the format forgives. Weights are rounded to nearest with activations in float32, and the reverse; biases and all other
-operators stay float32. Activations are the inputs of matrix products and convolutions, the network's inputs too.
+It is the study of Noune et al. 2022 ("8-bit Numerical Formats for Deep Neural Networks", arXiv 2206.02915) for
+inference: a format has one exponent bias for the whole network, and the range of biases over which accuracy holds, the
+plateau, tells how much the format forgives. Weights are rounded to nearest with activations in float32, and the
+reverse; biases and all other operators stay float32. Activations are the inputs of matrix products and convolutions,
+the network's inputs too.
 
-The reference runs once. Every point of the weights is the same serialized graph with other arrays handed over; the
-points of the activations share one session a format, whose scale is an input.
+The reference runs once. Every point of the weights is the same serialized graph with other arrays handed over:
+starting a session takes little beside a pass over the samples, and weights that were inputs would keep the runtime
+from arranging them for its kernels. Points of the activations share one session a format, whose scale is an input.
 """
 
 import math
@@ -66,18 +68,11 @@ class Curve:
 
     @property
     def best(self) -> Point:
-        """The point of the highest score; of equal ones, that of the highest SQNR, then of the least bias."""
-        return max(self.points, key=_rank)
+        """The point of the least KL divergence, or of the highest SQNR where the output is no classification.
 
-    def plateau(self, tolerance: float = TOLERANCE) -> tuple[int, int]:
-        """First and last of the biases around the best one, without a gap, that score within `tolerance` of it."""
-        enough = self.best.score - tolerance
-        first = last = self.points.index(self.best)
-        while first > 0 and self.points[first - 1].score >= enough:
-            first -= 1
-        while last + 1 < len(self.points) and self.points[last + 1].score >= enough:
-            last += 1
-        return self.points[first].exponent_bias, self.points[last].exponent_bias
+        Both vary less by chance than the score of a few samples, which decides ties; then the least bias does.
+        """
+        return max(self.points, key=_rank)
 
 
 @dataclass(frozen=True)
@@ -102,6 +97,20 @@ class Sweep:
     curves: tuple[Curve, ...]
     joint: tuple[Joint, ...]  # empty unless both subjects were swept
 
+    def plateau(self, curve: Curve, tolerance: float = TOLERANCE) -> tuple[int, int]:
+        """First and last of the biases around the best one, without a gap, that score within `tolerance` of it.
+
+        A best point that is by chance above the float network counts like that.
+        """
+        points, best = curve.points, curve.best
+        enough = min(best.score, self.float_score) - tolerance
+        first = last = points.index(best)
+        while first > 0 and points[first - 1].score >= enough:
+            first -= 1
+        while last + 1 < len(points) and points[last + 1].score >= enough:
+            last += 1
+        return points[first].exponent_bias, points[last].exponent_bias
+
     def to_dict(self, tolerance: float = TOLERANCE) -> dict[str, Any]:
         """Plain data for JSON; an infinite SQNR is None."""
         curves = [
@@ -109,7 +118,7 @@ class Sweep:
                 "subject": curve.subject,
                 "format": str(curve.format),
                 "best_exponent_bias": curve.best.exponent_bias,
-                "plateau": list(curve.plateau(tolerance)),
+                "plateau": list(self.plateau(curve, tolerance)),
                 "points": [_plain(point) for point in curve.points],
             }
             for curve in self.curves
@@ -168,8 +177,10 @@ def sweep(
         for fmt in formats
         if subject == "weights" or fmt.mantissa_bits > 0
     ]
-    total, done = sum(len(biases) for _, _, biases in plans), 0
-    curves = []
+    rounded = {(subject, fmt) for subject, fmt, _ in plans}
+    pairs = [fmt for fmt in formats if {(subject, fmt) for subject in SUBJECTS} <= rounded]
+    total, done = sum(len(biases) for _, _, biases in plans) + len(pairs), 0
+    curves, joint = [], []
     for subject, fmt, biases in plans:
         points = []
         for point in study.points(subject, fmt, biases):
@@ -178,6 +189,12 @@ def sweep(
             if progress is not None:
                 progress("sweep", done, total)
         curves.append(Curve(subject, fmt, tuple(points)))
+    best = {(curve.subject, curve.format): curve.best.exponent_bias for curve in curves}
+    for fmt in pairs:
+        joint.append(study.joint(fmt, best["weights", fmt], best["activations", fmt]))
+        done += 1
+        if progress is not None:
+            progress("sweep", done, total)
     return Sweep(
         model=study.model.path.name,
         metric=study.metric,
@@ -185,7 +202,7 @@ def sweep(
         float_score=study.float_score,
         float_stderr=study.float_stderr,
         curves=tuple(curves),
-        joint=tuple(study.joint(curves)),
+        joint=tuple(joint),
     )
 
 
@@ -211,7 +228,12 @@ class _Study:
                 self._sizes["activations"] = self._activation_size(feed)
             self._batches.append((feed, outputs[self._output], labels))
         self.num_samples = opened.num_samples
-        own = self._compare(self._float_run)
+        try:
+            own = self._compare(self._float_run)
+        except _NotANumber as error:
+            raise ModelError(
+                f"{self.model.path}: gives NaN in output {self._output!r} on this data"
+            ) from error
         labelled = own.top1 is not None
         self.metric = "top1" if labelled else "agreement" if own.agreement is not None else "cosine"
         self.float_score, self.float_stderr = _number(own, self.metric), own.top1_stderr
@@ -237,15 +259,11 @@ class _Study:
 
             yield self._point(bias, run)
 
-    def joint(self, curves: Sequence[Curve]) -> Iterator[Joint]:
-        best = {(curve.subject, curve.format): curve.best.exponent_bias for curve in curves}
-        for (subject, fmt), bias in best.items():
-            if subject == "weights" and ("activations", fmt) in best:
-                other = best["activations", fmt]
-                rounding = FloatModel(_rounding(self.model, fmt), threads=self._threads)
-                extra = {_SCALE: np.asarray(scale_of(fmt, other))}
-                point = self._point(bias, self._simulation(rounding, fmt, bias, extra))
-                yield Joint(fmt, bias, other, point)
+    def joint(self, fmt: AfpFormat, weight_bias: int, activation_bias: int) -> Joint:
+        network = FloatModel(_rounding(self.model, fmt), threads=self._threads)
+        extra = {_SCALE: np.asarray(scale_of(fmt, activation_bias))}
+        run = self._simulation(network, fmt, weight_bias, extra)
+        return Joint(fmt, weight_bias, activation_bias, self._point(weight_bias, run))
 
     def _simulation(
         self, network: FloatModel, fmt: AfpFormat, bias: int, extra: Feed | None = None
@@ -289,16 +307,17 @@ class _NotANumber(Exception):
 
 
 def _rank(point: Point) -> tuple[float, float, int]:
-    sqnr = -math.inf if point.sqnr_db is None else point.sqnr_db
-    return point.score, sqnr, -point.exponent_bias
+    quality = -math.inf if point.sqnr_db is None else point.sqnr_db
+    if point.kl is not None:
+        quality = -point.kl
+    return quality, point.score, -point.exponent_bias
 
 
 def _labelled(data: Data) -> Iterator[tuple[Feed, npt.NDArray[np.int64] | None]]:
-    done = 0
+    labels, done = data.labels, 0
     for feed in data.batches(_BATCH):
         count = data.count(feed)
-        labels = None if data.labels is None else data.labels[done : done + count]
-        yield dict(feed), labels
+        yield dict(feed), None if labels is None else labels[done : done + count]
         done += count
 
 

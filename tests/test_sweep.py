@@ -49,22 +49,32 @@ def test_formats_of_equal_values_are_listed_once() -> None:
     assert [str(f) for f in distinct_formats(8)] == ["e0m7", "e2m5", "e3m4", "e4m3", "e5m2"]
 
 
-def curve(*scores: float) -> Curve:
-    points = (Point(bias, score, None, None) for bias, score in enumerate(scores, 3))
-    return Curve("weights", AfpFormat(2, 1), tuple(points))
+def a_map(float_score: float, *points: tuple[float, float | None]) -> Sweep:
+    """One curve from (score, KL) of the biases 3, 4, .."""
+    found = tuple(Point(bias, score, kl, None) for bias, (score, kl) in enumerate(points, 3))
+    curve = Curve("weights", AfpFormat(2, 1), found)
+    return Sweep("m.onnx", "top1", 100, float_score, None, (curve,), ())
 
 
-def test_a_plateau_has_no_gap() -> None:
-    found = curve(0.9, 0.2, 0.895, 0.9, 0.91, 0.9, 0.5, 0.91)
+def test_a_plateau_is_around_the_least_kl_and_has_no_gap() -> None:
+    kls = (0.5, 2, 0.3, 0.2, 0.1, 0.2, 2, 0.3)
+    scores = (0.9, 0.2, 0.895, 0.9, 0.91, 0.9, 0.5, 0.95)
+    found = a_map(0.93, *zip(scores, kls))
 
-    assert found.best.exponent_bias == 7  # of equal scores the first
-    assert found.plateau(0.01) == (6, 8)
-    assert found.plateau(0.02) == (5, 8)
-    assert found.plateau(0) == (7, 7)
+    assert found.curves[0].best.exponent_bias == 7
+    assert found.plateau(found.curves[0], 0.01) == (6, 8)
+    assert found.plateau(found.curves[0], 0.02) == (5, 8)
+    assert found.plateau(found.curves[0], 0) == (7, 7)
 
 
-def test_of_equal_scores_the_highest_sqnr_is_best() -> None:
-    points = (Point(0, 0.9, 0.1, 12.0), Point(1, 0.9, 0.1, 15.0), Point(2, 0.8, 0.1, 20.0))
+def test_a_best_point_above_the_float_network_sets_no_higher_bar() -> None:
+    found = a_map(0.9, (0.89, 0.2), (0.93, 0.1), (0.88, 0.2))
+
+    assert found.plateau(found.curves[0], 0.01) == (3, 4)
+
+
+def test_without_kl_the_highest_sqnr_is_best() -> None:
+    points = (Point(0, 0.9, None, 12.0), Point(1, 0.9, None, 15.0), Point(2, 0.0, None, None))
 
     assert Curve("weights", AfpFormat(2, 1), points).best.exponent_bias == 1
 
@@ -84,7 +94,7 @@ def test_a_sweep_maps_weights_activations_and_both(lenet_map: Sweep) -> None:
         biases = [point.exponent_bias for point in found.points]
         assert biases == list(range(biases[0], biases[-1] + 1))
         # Both ends are past the plateau: steps too coarse, and values cut off.
-        first, last = found.plateau()
+        first, last = lenet_map.plateau(found)
         assert biases[0] < first <= last < biases[-1]
     assert lenet_map.curves[0].best.score >= lenet_map.float_score - 0.02
     assert [str(entry.format) for entry in lenet_map.joint] == ["e4m3"]
@@ -97,7 +107,7 @@ def test_a_float_format_has_a_wider_plateau_than_an_integer(models: Path) -> Non
     result = sweep(
         models / "lenet5_digits.onnx", data, formats=formats, subjects=["weights"], samples=60
     )
-    widths = [last - first for first, last in (c.plateau() for c in result.curves)]
+    widths = [last - first for first, last in map(result.plateau, result.curves)]
     assert widths[0] < widths[1] < widths[2]
 
 
@@ -179,6 +189,10 @@ def test_nan_scores_nothing(tmp_path: Path) -> None:
 def test_what_cannot_be_swept_is_refused(tmp_path: Path, models: Path) -> None:
     with pytest.raises(FormatError, match="ue2m5 is unsigned"):
         sweep(models / "lenet5_digits.onnx", {}, formats=[AfpFormat(2, 5, signed=False)])
+    nodes = [graphs.node("MatMul", "x w", "h"), graphs.node("Log", "h", "y")]
+    model = graphs.build(nodes, {"x": ["m", 16]}, {"w": graphs.constant(16, 8)})
+    with pytest.raises(ModelError, match="gives NaN in output 'y'"):
+        sweep(graphs.write(tmp_path, model), {"x": graphs.constant(9, 16)})
     path = graphs.write(tmp_path, graphs.build([graphs.node("Relu", "x", "y")], {"x": ["m", 4]}))
     with pytest.raises(ModelError, match="no weights to round"):
         sweep(path, {"x": graphs.constant(3, 4)})
@@ -192,7 +206,10 @@ def test_the_picture_shows_every_curve_and_its_plateau(lenet_map: Sweep) -> None
     lines = [element.get("points", "") for element in picture.iter(f"{name}polyline")]
     assert {"e4m3", "e3m0", "float32", "top-1, %"} <= set(texts)
     assert len(lines) == 2 * len(lenet_map.curves)
-    for found, line, flat in zip(lenet_map.curves, lines[::2], lines[1::2]):
-        first, last = found.plateau(0.01)
-        assert len(line.split()) == len(found.points)
-        assert len(flat.split()) == last - first + 1
+    drawn = {len(line.split()) for line in lines[1::2]}
+    for found in lenet_map.curves:
+        first, last = lenet_map.plateau(found, 0.01)
+        assert last - first + 1 in drawn
+    assert sorted(len(line.split()) for line in lines[::2]) == sorted(
+        len(found.points) for found in lenet_map.curves
+    )
