@@ -27,7 +27,7 @@ __all__ = ["MAX_K", "Changes", "Seen", "Step", "Stop", "groups_of", "visit", "wa
 
 # Covariances of longer rows would take more than half a gigabyte.
 MAX_K = 6144
-_KEPT_BYTES = 320 << 20  # of one network's tensors
+_KEPT_BYTES = 256 << 20  # of one network's tensors
 _BATCH_BYTES = 2 << 20  # of the inputs of a batch
 _MAX_BATCH = 16
 # Rows a layer needs: many for each unknown, and enough to have met all of a large map.

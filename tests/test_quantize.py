@@ -162,6 +162,17 @@ def test_layers_that_compensation_passes_by_are_named(
     assert long and note.endswith(": " + ", ".join(long))
 
 
+def test_what_was_kept_is_fitted_to_all_samples(lenet: Path, digits: dict[str, Any]) -> None:
+    """The held-out quarter chooses first, then it serves as well; a model with a goal stays the one that was judged."""
+    kept = quantize(lenet, data=digits, bits=3, samples=64)
+    judged = quantize(lenet, data=digits, max_drop=50, samples=64)
+
+    for model, samples in ((kept, 64), (judged, 48)):
+        assert model.facts.correction is not None
+        assert model.facts.correction["kept"].startswith("compensated rounding")
+        assert model.facts.correction["fitted_samples"] == samples
+
+
 def test_statistics_are_left_alone_on_request(lenet: Path, digits: dict[str, Any]) -> None:
     model = quantize(lenet, data=digits, bits=4, samples=24, mode="quick", bn_recal=False)
 
