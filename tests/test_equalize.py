@@ -5,6 +5,7 @@ from pathlib import Path
 import graphs
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from graphs import build, constant, node, write
 
@@ -153,7 +154,13 @@ def test_uneven_channels_are_rounded_better(tmp_path: Path) -> None:
     assert output_error(result.model, 4, data) < output_error(model, 4, data) / 4
 
 
-@pytest.mark.parametrize("bias", [True, False])
+OLD = pytest.mark.skipif(
+    ort.__version__.startswith("1.17."),
+    reason="onnxruntime 1.17 aborts on a LayerNormalization without bias before a MatMul",
+)
+
+
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=OLD)])
 def test_layer_norm_divides_its_gamma_and_beta(tmp_path: Path, bias: bool) -> None:
     nodes = [
         node("LayerNormalization", "x gamma beta" if bias else "x gamma", "a"),
