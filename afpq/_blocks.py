@@ -5,13 +5,12 @@ what the rest of the network sees (Li et al. 2021, BRECQ, section 3.2).
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from afpq.graph import Layer, Model
+from afpq.graph import Model
 
-__all__ = ["Block", "blocks_of", "is_flag"]
+__all__ = ["block_borders", "is_flag"]
 
 # Shorter stretches are joined: an inverted bottleneck, a fire module, an attention has three layers or more.
 _FEWEST_LAYERS = 3
@@ -22,33 +21,19 @@ _FLAGS = frozenset(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Block:
-    """Layers, the tensor that leads to them (None: only the network's inputs), and those that lead on."""
-
-    layers: tuple[Layer, ...]
-    given: str | None
-    outputs: tuple[str, ...]
-
-
-def blocks_of(model: Model, weight_names: Collection[str]) -> list[Block]:
-    """All layers with these weights in blocks, in the order of the network."""
+def block_borders(model: Model, weight_names: Collection[str]) -> list[str]:
+    """Names of the tensors between the blocks of the layers with these weights, in the order of the network."""
     nodes = list(model.ir.graph)
-    layers = {x.node_index: x for x in model.layers if x.weight_name in weight_names}
-    cuts = _cuts(nodes, layers.keys(), {info.name for info in model.outputs})
-    ends = tuple(info.name for info in model.outputs)
-    result: list[Block] = []
-    inside: list[Layer] = []
-    given: str | None = None
-    for index in range(len(nodes)):
-        if index in layers:
-            if len(inside) >= _FEWEST_LAYERS and index in cuts:
-                result.append(Block(tuple(inside), given, (cuts[index],)))
-                given, inside = cuts[index], []
-            inside.append(layers[index])
-    if inside:
-        result.append(Block(tuple(inside), given, ends))
-    return result
+    starts = {x.node_index for x in model.layers if x.weight_name in weight_names}
+    cuts = _cuts(nodes, starts, {info.name for info in model.outputs})
+    borders = []
+    inside = 0
+    for index in sorted(starts):
+        if inside >= _FEWEST_LAYERS and index in cuts:
+            borders.append(cuts[index])
+            inside = 0
+        inside += 1
+    return borders
 
 
 def is_flag(node: ir.Node) -> bool:

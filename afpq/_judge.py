@@ -1,5 +1,6 @@
 """How far a changed network is from the float one, on its outputs: the loss that a search minimises."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +14,16 @@ from afpq.errors import DataError, PlanError
 from afpq.graph import Model
 from afpq.runtime import FloatModel, Simulation
 
-__all__ = ["OBJECTIVES", "Judge", "Objective", "choose_objective", "divergence", "in_threads"]
+__all__ = [
+    "LOWEST_PROBABILITY",
+    "OBJECTIVES",
+    "Judge",
+    "Objective",
+    "choose_objective",
+    "divergence",
+    "in_threads",
+    "num_classes",
+]
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, npt.NDArray[np.float32]]
@@ -27,7 +37,7 @@ _BATCH = 4  # more takes more memory for activations, not less time on one threa
 # it, and every one of its tokens is a sample.
 _KEPT_BYTES = 256 << 20
 _OUTPUT_BYTES = 16 << 20
-_LOWEST_PROBABILITY = 1e-12
+LOWEST_PROBABILITY = 1e-12
 # The loss of a network whose outputs are not finite any more: worse than anything, still a number to add up.
 WORST_LOSS = 1e6
 
@@ -137,7 +147,7 @@ def choose_objective(model: Model, references: Sequence[Sequence[Array]], wanted
         raise PlanError(f"{model.path}: no output is a float tensor, so no loss can be measured")
     tables = {layer.n for layer in model.layers if layer.kind == "gather"}
     words = [i for i in floats if first[i].ndim >= 3 and first[i].shape[-1] in tables]
-    classes = [i for i in floats if _is_classes(first[i])]
+    classes = [i for i in floats if _is_classes(first[i].shape)]
     chosen = words if len(words) == 1 else classes if len(floats) == 1 else []
     if wanted == "squared_error" or (wanted == "auto" and not chosen):
         return Objective("squared_error", floats)
@@ -168,18 +178,17 @@ def in_threads(
     return results
 
 
-def _is_classes(output: Array) -> bool:
-    return (
-        output.ndim >= 2
-        and output.shape[1] >= 2
-        and output.size == output.shape[0] * output.shape[1]
-    )
+def num_classes(shape: Sequence[int]) -> int:
+    """Length of the rows that are distributions: [N, classes, 1, 1] is a classifier, [N, S, words] a language model."""
+    return shape[1] if _is_classes(shape) else shape[-1]
+
+
+def _is_classes(shape: Sequence[int]) -> bool:
+    return len(shape) >= 2 and shape[1] >= 2 and math.prod(shape[2:]) == 1
 
 
 def _rows(output: Array) -> npt.NDArray[np.float64]:
-    # [N, classes, 1, 1] is a classifier too; a language model's [N, S, words] keeps its last axis.
-    width = output.shape[1] if _is_classes(output) else output.shape[-1]
-    return output.reshape(-1, width).astype(np.float64)
+    return output.reshape(-1, num_classes(output.shape)).astype(np.float64)
 
 
 def _kl_sum(reference: Array, other: Array, is_distribution: bool) -> tuple[float, float]:
@@ -191,7 +200,7 @@ def _log_probabilities(
     rows: npt.NDArray[np.float64], is_distribution: bool
 ) -> npt.NDArray[np.float64]:
     if is_distribution:
-        clipped = np.maximum(rows, _LOWEST_PROBABILITY)
+        clipped = np.maximum(rows, LOWEST_PROBABILITY)
         return np.asarray(np.log(clipped / clipped.sum(-1, keepdims=True)))
     shifted = rows - rows.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

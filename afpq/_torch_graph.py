@@ -22,7 +22,7 @@ __all__ = ["TorchGraph", "UnsupportedError"]
 
 
 class TorchGraph:
-    """The part of a network that leads from some weights, and from tensors that are `given`, to `outputs`.
+    """The part of a network that leads from some weights to `outputs`.
 
     Attributes:
         layers: those with these weights that are on the way.
@@ -32,18 +32,11 @@ class TorchGraph:
         UnsupportedError: an operator on the way has no exact counterpart in torch.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        outputs: Sequence[str],
-        weight_names: Collection[str],
-        *,
-        given: Collection[str] = (),
-    ) -> None:
+    def __init__(self, model: Model, outputs: Sequence[str], weight_names: Collection[str]) -> None:
         self.outputs = tuple(outputs)
         nodes = list(model.ir.graph)
         found = {x.node_index: x for x in model.layers if x.weight_name in weight_names}
-        self._nodes = _on_the_way(nodes, found.keys(), frozenset(given), self.outputs)
+        self._nodes = _on_the_way(nodes, found.keys(), self.outputs)
         self._layers = {i: found[i] for i, _ in self._nodes if i in found}
         self.layers = tuple(self._layers.values())
         self._orders = {index: _order(layer) for index, layer in self._layers.items()}
@@ -61,12 +54,12 @@ class TorchGraph:
                 is_weight = index in self._layers and position == self._layers[index].weight_input
                 if value is None or value.name is None or value.name in made or is_weight:
                     continue
-                array = None if value.name in given else constants.value(value)
+                array = constants.value(value)
                 if array is None:
                     context.add(value.name)
                 elif value.name not in self._constants:
                     self._constants[value.name] = as_tensor(array)
-        self.context = tuple(sorted(context - set(given)))
+        self.context = tuple(sorted(context))
 
     def __call__(
         self,
@@ -74,7 +67,7 @@ class TorchGraph:
         weights: Mapping[str, Tensor],
         biases: Mapping[str, Tensor],
     ) -> list[Tensor]:
-        """The outputs. `tensors` are those given and the context; `weights` [n, k] by weight_name, `biases` [n] by
+        """The outputs. `tensors` are the context; `weights` [n, k] by weight_name, `biases` [n] by
         layer name, in place of the layers' own where there is one.
         """
         values: dict[str | None, Tensor] = {}
@@ -110,13 +103,10 @@ def as_tensor(array: npt.NDArray[Any]) -> Tensor:
 
 
 def _on_the_way(
-    nodes: Sequence[ir.Node],
-    starts: Collection[int],
-    given: frozenset[str],
-    outputs: tuple[str, ...],
+    nodes: Sequence[ir.Node], starts: Collection[int], outputs: tuple[str, ...]
 ) -> list[tuple[int, ir.Node]]:
-    """The nodes that depend on a start or a given tensor and that an output depends on, in order."""
-    varying: set[str | None] = set(given)
+    """The nodes that depend on a start and that an output depends on, in order."""
+    varying = set[str | None]()
     candidates = []
     for index, node in enumerate(nodes):
         changes = index in starts or any(v is not None and v.name in varying for v in node.inputs)
@@ -126,7 +116,7 @@ def _on_the_way(
     needed: set[str | None] = set(outputs)
     result = []
     for index, node in reversed(candidates):
-        if any(v.name in needed and v.name not in given for v in node.outputs):
+        if any(v.name in needed for v in node.outputs):
             needed.update(v.name for v in node.inputs if v is not None)
             result.append((index, node))
     return result[::-1]

@@ -6,9 +6,9 @@ are learned together, from compensated rounding on. The loss is the one of the s
 the outputs), and beside it the squared error of what each block gives on (BRECQ, Li et al. 2021), which keeps a few
 samples from being learned by heart.
 
-Learned are, for every weight, an offset in steps of its format that stays within the neighbouring codes (AdaRound,
-Nagel et al. 2020, but rounding passes gradients straight through); for every channel its scale (LSQ, Esser et al. 2020,
-equation 3) and its bias. Samples that are not learned from say which state was the best; the first one is among them.
+Learned are, for every weight, an offset that stays within the codes next to the one it has (AdaRound, Nagel et al.
+2020, but rounding passes gradients straight through); for every channel its scale (LSQ, Esser et al. 2020, equation 3)
+and its bias. Samples that are not learned from say which state was the best; the first one is among them.
 """
 
 import math
@@ -22,18 +22,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from afpq._blocks import blocks_of
+from afpq._blocks import block_borders
 from afpq._feeds import Feed
-from afpq._judge import Objective
+from afpq._judge import LOWEST_PROBABILITY, Objective, num_classes
 from afpq._moments import channel_axis
 from afpq._torch_graph import TorchGraph, UnsupportedError, as_tensor
 from afpq.compensate import Choice
 from afpq.correct import can_correct
 from afpq.data import Data
-from afpq.formats import AfpFormat, round_scale
+from afpq.errors import DataError
+from afpq.formats import AfpFormat, codebook, round_scale
 from afpq.graph import Layer
 from afpq.packing import PackedTensor
-from afpq.rounding import quantize_tensor
+from afpq.rounding import fake_quantize_rows, quantize_tensor
 from afpq.runtime import FloatModel
 
 __all__ = ["UnsupportedError", "learn"]
@@ -47,12 +48,9 @@ _MICRO_BATCH = 8  # samples that run together
 _MICRO_BATCHES = 2  # of one step; a number that does not depend on the machine
 _STEPS = 400
 _CHECKS = 8  # how often the held-out samples are asked
-_OFFSET_RATE, _SCALE_RATE, _BIAS_RATE = (
-    0.02,
-    1e-3,
-    3e-3,
-)  # in steps, relative, in deviations of the output
-_REACH = 1.49  # steps: the neighbouring codes on both sides
+_OFFSET_RATE = 0.02  # steps
+_SCALE_RATE = 1e-3  # relative
+_BIAS_RATE = 3e-3  # deviations of the output
 _BLOCKS = 1.0  # what the blocks' error counts beside the outputs'
 
 
@@ -85,9 +83,12 @@ def learn(
         The tensors by weight_name, and biases by layer name.
 
     Raises:
-        UnsupportedError: the network has an operator that torch cannot run.
+        UnsupportedError: the network has an operator that torch cannot run, or the samples cannot be divided.
     """
-    fitted, judged = data.take(_MAX_SAMPLES).split(_HELD_OUT)
+    try:
+        fitted, judged = data.take(_MAX_SAMPLES).split(_HELD_OUT)
+    except DataError as error:
+        raise UnsupportedError(f"there are too few samples: {error}") from error
     with ThreadPoolExecutor(
         max(1, num_threads), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -134,8 +135,8 @@ class _Learner:
         model = network.model
         self._num_outputs = len(objective.outputs)
         outputs = [model.outputs[i].name for i in objective.outputs]
-        blocks = [b.given for b in blocks_of(model, choices.keys()) if b.given is not None]
-        self._graph = TorchGraph(model, [*outputs, *blocks], choices.keys())
+        outputs += block_borders(model, choices.keys())
+        self._graph = TorchGraph(model, outputs, choices.keys())
         self.names = (*self._graph.context, *self._graph.outputs)  # read from the float network
         self._layers = self._graph.layers
         names = {layer.weight_name for layer in self._layers}
@@ -197,23 +198,20 @@ class _Learner:
             while len(order) < _MICRO_BATCHES:
                 order.extend(random.permutation(len(feeds)).tolist())
             picked, order = order[:_MICRO_BATCHES], order[_MICRO_BATCHES:]
-            of_weights, of_biases = self._gradients([feeds[i] for i in picked], powers)
-            for name, gradient in of_weights.items():
-                self._weights[name].set_gradients(gradient)
+            of_biases = self._set_gradients([feeds[i] for i in picked], powers)
             for name, gradient in of_biases.items():
                 shifts[name].grad = gradient * units[name]
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / _STEPS))
             optimizer.step()
             for weight in self._weights.values():
-                weight.offset.clamp_(-_REACH, _REACH)
+                weight.stay_near()
             for name, shift in shifts.items():
                 self._biases[name] = self._start[name] + shift * units[name]
             yield step + 1
 
-    def _gradients(
-        self, feeds: Sequence[Feed], powers: Sequence[float]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _set_gradients(self, feeds: Sequence[Feed], powers: Sequence[float]) -> dict[str, Tensor]:
+        """Sets those of all weights, and gives back those of the biases."""
         weights = {n: w.value().requires_grad_() for n, w in self._weights.items()}
         biases = {n: b.clone().requires_grad_() for n, b in self._biases.items()}
         leaves = [*weights.values(), *biases.values()]
@@ -229,10 +227,9 @@ class _Learner:
         # Summed in one order, whatever thread was first.
         parts = list(self._pool.map(gradient, feeds))
         sums = [sum(p[1:], p[0]) for p in zip(*parts, strict=True)]
-        return (
-            dict(zip(weights, sums, strict=False)),
-            dict(zip(biases, sums[len(weights) :], strict=True)),
-        )
+        for (name, value), total in zip(weights.items(), sums, strict=False):
+            self._weights[name].set_gradients(value.detach(), total)
+        return dict(zip(biases, sums[len(weights) :], strict=True))
 
     def _output_loss(self, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
         if self._objective.name == "kl":
@@ -293,9 +290,11 @@ def _mean(losses: Sequence[Tensor]) -> Tensor:
 
 
 def _log_probabilities(x: Tensor, is_distribution: bool) -> Tensor:
-    width = x.shape[1] if x.numel() == x.shape[0] * x.shape[1] else x.shape[-1]
-    rows = x.reshape(-1, width)
-    return rows.clamp(min=1e-12).log() if is_distribution else rows.log_softmax(-1)
+    rows = x.reshape(-1, num_classes(x.shape))
+    if not is_distribution:
+        return rows.log_softmax(-1)
+    clamped = rows.clamp(min=LOWEST_PROBABILITY)
+    return (clamped / clamped.sum(-1, keepdim=True)).log()
 
 
 class _Weight:
@@ -304,46 +303,49 @@ class _Weight:
     def __init__(self, tensor: PackedTensor, kind: str) -> None:
         self.format: AfpFormat = tensor.format
         self.kind = kind
-        scale = as_tensor(np.asarray(tensor.scale, np.float32))[:, None]
-        self.codes = as_tensor(tensor.decode()) / scale  # integers of the format
-        self.step = _step(self.codes.abs(), self.format)
-        self.start = scale
-        self.offset = torch.zeros_like(self.codes)
-        self.log_scale = torch.zeros_like(scale)
+        self.start = as_tensor(np.array(tensor.scale, np.float32))[:, None]
+        self.integers = as_tensor(tensor.decode()) / self.start
+        self._lower, self._upper, self.step = _neighbours(self.integers, self.format)
+        self.offset = torch.zeros_like(self.integers)
+        self.log_scale = torch.zeros_like(self.start)
 
     @property
     def scale(self) -> Tensor:
         return self.start * self.log_scale.exp()
 
-    def value(self) -> Tensor:
-        return self._integers()[0] * self.scale
+    @property
+    def exact(self) -> Tensor:
+        """What is rounded, in units of the weight."""
+        return (self.integers + self.offset * self.step) * self.start
 
-    def set_gradients(self, of_value: Tensor) -> None:
-        """From those of `value`, straight through the rounding."""
-        rounded, exact = self._integers()
-        inside = exact.abs() <= self.format.max_integer
+    def value(self) -> Tensor:
+        """[n, k] what the network computes with."""
+        scale = self.scale.reshape(-1).numpy()
+        return as_tensor(fake_quantize_rows(self.exact.numpy(), self.format, scale))
+
+    def set_gradients(self, value: Tensor, of_value: Tensor) -> None:
+        """From `value` and its gradients, straight through the rounding."""
+        inside = self.exact.abs() <= self.format.max_integer * self.scale
         self.offset.grad = of_value * inside * self.step * self.start
-        of_scale = of_value * (rounded - exact * inside) * self.scale
-        self.log_scale.grad = (
-            of_scale.sum(1, keepdim=True) if len(self.start) > 1 else of_scale.sum().reshape(1, 1)
-        )
+        # The last sum is over a few thousand numbers at most: one thread adds them.
+        of_scale = (of_value * (value - self.exact * inside)).sum(1, keepdim=True)
+        self.log_scale.grad = of_scale if len(self.start) > 1 else of_scale.sum(0, keepdim=True)
+
+    def stay_near(self) -> None:
+        """Keeps offsets within the neighbouring codes."""
+        reach = [(end - self.integers) / self.step for end in (self._lower, self._upper)]
+        self.offset.clamp_(*reach)
 
     def stored(self) -> PackedTensor:
         scale = round_scale(self.format, self.scale.reshape(-1).numpy(), self.kind)
-        exact = (self.codes + self.offset * self.step) * self.start
-        return quantize_tensor(exact.numpy(), self.format, scale, kind=self.kind)
-
-    def _integers(self) -> tuple[Tensor, Tensor]:
-        exact = (self.codes + self.offset * self.step) * (self.start / self.scale)
-        size = exact.abs()
-        step = _step(size, self.format)
-        rounded = (size / step).round_().mul_(step).clamp_(max=self.format.max_integer)
-        return rounded * exact.sign(), exact
+        return quantize_tensor(self.exact.numpy(), self.format, scale, kind=self.kind)
 
 
-def _step(size: Tensor, fmt: AfpFormat) -> Tensor:
-    """Distance of the format's integers around a magnitude."""
-    if fmt.exponent_bits == 0:
-        return torch.ones_like(size)
-    exponent = torch.frexp(size).exponent - 1 - fmt.mantissa_bits
-    return torch.exp2(exponent.clamp_(min=0).float())
+def _neighbours(integers: Tensor, fmt: AfpFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """For integers of a format those before and after them, themselves at the ends, and the mean distance to these."""
+    known = np.unique(codebook(fmt))
+    place = np.searchsorted(known, integers.numpy())
+    before, after = np.maximum(place - 1, 0), np.minimum(place + 1, len(known) - 1)
+    lower, upper = known[before].astype(np.float32), known[after].astype(np.float32)
+    steps = (upper - lower) / (after - before).astype(np.float32)
+    return as_tensor(lower), as_tensor(upper), as_tensor(steps)

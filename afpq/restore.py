@@ -31,6 +31,7 @@ import numpy.typing as npt
 from afpq._batchnorm import BatchNorm, batch_norms
 from afpq._moments import output_rows, spread
 from afpq._walk import Changes, Stop, visit
+from afpq.compensate import MAX_SAMPLES
 from afpq.correct import can_correct
 from afpq.data import Data
 from afpq.formats import round_scale
@@ -40,7 +41,6 @@ from afpq.runtime import FloatModel
 
 __all__ = ["Restored", "restore"]
 
-_MAX_SAMPLES = 256
 _MOST_ROWS = 1 << 16  # positions that are looked at of each place
 _PHASE = 7919  # batches start at different positions
 # A deviation below this share of the mean is rounding of float32, not signal.
@@ -100,7 +100,7 @@ def restore(
     places = _places(model, tensors)
     visits = visit(
         network,
-        data.take(_MAX_SAMPLES),
+        data.take(MAX_SAMPLES),
         [place.stop for place in places],
         changes,
         num_threads=num_threads,

@@ -601,12 +601,12 @@ def test_control_c_stops_cleanly(lenet: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 60
         while not (folder / "started").exists() and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=60)
 
     assert process.returncode == 130, err
     assert out == "" and err.splitlines()[-1] == "interrupted"

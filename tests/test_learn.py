@@ -11,15 +11,26 @@ from afpq import learn as module  # noqa: E402
 from afpq._judge import Objective, divergence  # noqa: E402
 from afpq.compensate import Choice  # noqa: E402
 from afpq.data import open_data  # noqa: E402
-from afpq.formats import AfpFormat  # noqa: E402
+from afpq.formats import AfpFormat, codebook, fake_quantize  # noqa: E402
 from afpq.graph import load_model  # noqa: E402
-from afpq.learn import _Weight, learn  # noqa: E402
-from afpq.rounding import best_scale, fake_quantize_rows, quantize_tensor  # noqa: E402
+from afpq.learn import UnsupportedError, _Weight, learn  # noqa: E402
+from afpq.rounding import best_scale, quantize_tensor  # noqa: E402
 from afpq.runtime import FloatModel  # noqa: E402
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 KL = Objective("kl", (0,))
-FORMATS = [AfpFormat(0, 2), AfpFormat(2, 1), AfpFormat(3, 2), AfpFormat(4, 3)]
+FORMATS = [
+    AfpFormat(0, 1),
+    AfpFormat(0, 2),
+    AfpFormat(2, 1),
+    AfpFormat(3, 0),
+    AfpFormat(3, 2),
+    AfpFormat(4, 3),
+]
+
+
+def codebook_values(fmt: AfpFormat) -> np.ndarray:
+    return np.unique(codebook(fmt))
 
 
 def rounded(weight: np.ndarray, fmt: AfpFormat, kind: str = "real"):
@@ -53,9 +64,18 @@ def test_a_weight_rounds_as_the_definition(fmt):
     tensor = rounded(random.normal(size=(6, 20)).astype(np.float32), fmt)
     weight = _Weight(tensor, "real")
     weight.offset += torch.from_numpy(random.uniform(-1.4, 1.4, (6, 20)).astype(np.float32))
-    exact = (weight.codes + weight.offset * weight.step) * weight.start
-    expected = fake_quantize_rows(exact.numpy(), fmt, tensor.scale)
-    np.testing.assert_array_equal(weight.value().numpy(), expected)
+    moved = fake_quantize(weight.exact.numpy(), fmt, np.asarray(tensor.scale)[:, None])
+    np.testing.assert_array_equal(weight.value().numpy(), moved)
+
+    weight.offset *= 10
+    weight.stay_near()
+    moved = weight.value().numpy()
+    # Far offsets reach the neighbouring codes, and no others.
+    places = np.searchsorted(codebook_values(fmt), weight.integers.numpy())
+    reached = np.searchsorted(
+        codebook_values(fmt), np.rint(moved / np.asarray(tensor.scale)[:, None])
+    )
+    assert np.abs(reached - places).max() == 1
 
 
 def test_gradients_of_scales_are_those_of_lsq():
@@ -64,9 +84,9 @@ def test_gradients_of_scales_are_those_of_lsq():
     weight = _Weight(tensor, "real")
     weight.offset += 0.3
     direction = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    weight.set_gradients(direction)
+    weight.set_gradients(weight.value(), direction)
     # Codes fixed, a value changes with its scale; what rounding left over counts against it (LSQ, equation 3).
-    value, exact = weight.value(), (weight.codes + weight.offset * weight.step) * weight.start
+    value, exact = weight.value(), (weight.integers + weight.offset * weight.step) * weight.start
     inside = exact.abs() <= fmt.max_integer * weight.start
     expected = (direction * (value - exact * inside)).sum(1, keepdim=True)
     torch.testing.assert_close(weight.log_scale.grad, expected)
@@ -114,3 +134,17 @@ def test_float_layers_stay(case, monkeypatch):
     tensors, biases = learn(network, data, {first: choices[first]}, {first: start[first]}, {}, KL)
     assert tensors.keys() == {first}
     assert len(biases) == 1
+
+
+def test_samples_that_cannot_be_divided_are_refused(case):
+    network, data, choices, start = case
+    with pytest.raises(UnsupportedError, match="too few samples"):
+        learn(network, data.take(1), choices, start, {}, KL)
+
+
+def test_torch_keeps_its_number_of_threads(case, monkeypatch):
+    network, data, choices, start = case
+    monkeypatch.setattr(module, "_STEPS", 8)
+    before = torch.get_num_threads()
+    learn(network, data, choices, start, {}, KL, num_threads=2)
+    assert torch.get_num_threads() == before
