@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,20 @@ import onnxruntime as ort
 
 from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
+from afpq._judge import WORST_LOSS
 from afpq._probe import Feeds, random_feeds
 from afpq._ways import Way, find_ways, gain, refitted
 from afpq.activations import choose_activations
 from afpq.calibrate import Stats
+from afpq.compensate import MAX_SAMPLES
 from afpq.correct import can_correct
-from afpq.errors import ModelError, PlanError
+from afpq.errors import ModelError, NaNError, PlanError
 from afpq.evaluate import Comparison, compare
 from afpq.formats import AfpFormat
 from afpq.graph import Model
-from afpq.packed import file_bytes
 from afpq.packing import PackedTensor, packed_bytes
 from afpq.plan import ActivationEntry, Plan, PlanEntry
-from afpq.report import RunFacts, accuracy_facts, file_facts, layer_facts
+from afpq.report import RunFacts, accuracy_facts, layer_facts
 from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import session
@@ -44,10 +46,14 @@ Biases = Mapping[str, Floats]
 def build_graph(
     job: Job, plan: Plan, stats: Stats | None, progress: Progress
 ) -> tuple[ir.Model, RunFacts]:
-    """The packed graph of a plan, and the facts of the run."""
+    """The packed graph of a plan, and the facts of the run.
+
+    Raises:
+        NaNError: whatever way the weights are rounded, the outputs are NaN.
+    """
     tensors, sqnr = _encode(job, plan, stats, progress)
     facts = RunFacts(
-        source=file_facts(job.model.path, file_bytes(job.model.path)),
+        source=job.source,
         budget=job.budget,
         objective=plan.objective,
         predicted_loss=plan.predicted_loss,
@@ -65,13 +71,14 @@ def build_graph(
     losses = {name: trial.loss for name, trial in trials.items()}
     kept = min(losses, key=lambda name: losses[name])
     graph, way = trials[kept].graph, ways[kept]
+    notes += [f"{name} was left out: its output is NaN" for name in ways if name not in trials]
     again = refitted(job, plan, kept, ways, progress)
     if again is not None:
-        trial = _try_all(job, plan, {kept: again}, progress)[kept]
-        if (
-            trial.loss <= losses[kept]
-        ):  # they were fitted to these samples: anything else would be odd
-            graph, way = trial.graph, again
+        with suppress(NaNError):
+            trial = _try_all(job, plan, {kept: again}, progress)[kept]
+            # It was fitted to these samples: a larger loss would be odd.
+            if trial.loss <= losses[kept]:
+                graph, way = trial.graph, again
     samples = job.samples if way is again else job.fit
     return graph, replace(
         facts,
@@ -82,7 +89,7 @@ def build_graph(
             "losses": losses,
             "bn_recal": gain(losses),
             "notes": notes,
-            "fitted_samples": 0 if samples is None else samples.num_samples,
+            "fitted_samples": 0 if samples is None else min(samples.num_samples, MAX_SAMPLES),
             "equalization": None,
         },
         accuracy=accuracy_facts(
@@ -223,7 +230,8 @@ def _try_all(
     reference = session(job.model.path, threads=1, ops=False)
     count = job.held_out.num_samples
     trials: dict[str, _Trial] = {}
-    for name, way in ways.items():
+    failed = NaNError("there was no way to try")
+    for number, (name, way) in enumerate(ways.items()):
         graph = rewrite(
             job.model,
             plan,
@@ -232,13 +240,19 @@ def _try_all(
             constants=way.constants,
             activations=job.activations,
         )
-        comparison = compare(
-            reference,
-            session_of(graph, 1),
-            job.held_out,
-            progress=partial(_report_trial, progress, len(trials) * count, len(ways) * count),
-        )
+        try:
+            comparison = compare(
+                reference,
+                session_of(graph, 1),
+                job.held_out,
+                progress=partial(_report_trial, progress, number * count, len(ways) * count),
+            )
+        except NaNError as error:
+            failed = error
+            continue
         trials[name] = _Trial(graph, comparison, _loss(comparison))
+    if not trials:
+        raise failed
     return trials
 
 
@@ -275,7 +289,10 @@ def _encode(
 
 
 def _loss(comparison: Comparison) -> float:
-    """One number for how far the outputs are from float: KL, else noise over signal, averaged over the outputs."""
+    """One number for how far the outputs are from float: KL, else noise over signal, averaged over the outputs.
+
+    Finite, as reports hold it: outputs that are all zero in the float network make any noise infinite.
+    """
     losses = []
     for output in comparison.outputs:
         if output.kl is not None:
@@ -284,7 +301,7 @@ def _loss(comparison: Comparison) -> float:
             losses.append(10 ** (-output.sqnr_db / 10))
         elif output.agreement is not None:
             losses.append(1 - output.agreement)
-    return float(np.mean(losses)) if losses else 0.0
+    return min(float(np.mean(losses)), WORST_LOSS) if losses else 0.0
 
 
 def _tensor_bytes(model: ir.Model) -> int:

@@ -79,12 +79,16 @@ def _top1(output: Output) -> tuple[float, float, float]:
 
 def _disagreement(output: Output) -> tuple[float, float, float]:
     """A share with the interval of Wilson, 1927."""
-    n, share = output["num_rows"], 1 - output["agreement"]
+    n = output["num_rows"]
+    changed = n - round(n * output["agreement"])  # an integer: 1 of 50 is 2 %, not a bit more
+    share = changed / n
     scale = 1 + _Z**2 / n
     centre = (share + _Z**2 / (2 * n)) / scale
     half = _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2) / scale
     # At shares of 0 and 1 the bound is the share itself: rounding must not put it beside.
-    return 100 * share, 100 * min(max(centre - half, 0.0), share), 100 * max(centre + half, share)
+    percent = 100 * changed / n
+    low, high = 100 * max(centre - half, 0.0), 100 * (centre + half)
+    return percent, min(low, percent), max(high, percent)
 
 
 def _error(output: Output) -> tuple[float, float, float]:

@@ -2,21 +2,25 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from afpq._costs import DEFAULT_BITS
 from afpq.data import Data, open_data
 from afpq.errors import DataError, ModelError, PlanError, RuntimeUnavailableError
 from afpq.graph import Model, load_model
+from afpq.packed import file_bytes
 from afpq.plan import Plan, check_plan, match_names
+from afpq.report import file_facts
 from afpq.runtime import FloatModel
 from afpq.search import MODES
 
 __all__ = ["DEFAULT_BITS", "Job", "float_tensors", "prepare"]
 
-DEFAULT_BITS = 5.0
 MIN_BITS, MAX_BITS = 2.0, 8.0
 ACTIVATIONS = ("a16", "a8", "f32")
 KINDS = ("real", "integer")
@@ -47,6 +51,11 @@ class Job:
     equalize: bool = False
     seed: int = 0
     threads: int = 0
+
+    @cached_property
+    def source(self) -> Mapping[str, Any]:
+        """What a report tells of the float model."""
+        return file_facts(self.model.path, file_bytes(self.model.path))
 
     @property
     def budget(self) -> str | None:
@@ -80,7 +89,7 @@ def prepare(
     threads: int = 0,
 ) -> Job:
     """Reads and checks everything that a run needs; see `quantize`."""
-    _check_choices(plan, bits, size, max_drop, activations, kind, mode)
+    _check_choices(plan, bits, size, max_drop, activations, kind, mode, equalize)
     loaded = model if isinstance(model, Model) else load_model(model)
     if not loaded.layers:
         raise ModelError(f"{loaded.path}: nothing to quantize{_first_reason(loaded)}")
@@ -103,9 +112,14 @@ def prepare(
         threads=threads,
     )
     _check_names(job)
+    judged = [
+        name
+        for name, asked in (("max_drop", max_drop is not None), ("equalize", equalize))
+        if asked
+    ]
     if data is None:
-        if max_drop is not None:
-            raise PlanError("max_drop needs data to judge by")
+        if judged:
+            raise PlanError(f"{judged[0]} needs data to judge by")
         return job
     if MODES[mode].learned and find_spec("torch") is None:
         raise RuntimeUnavailableError(
@@ -116,10 +130,12 @@ def prepare(
     FloatModel(loaded, threads=threads).run(next(opened.batches(1)))
     name = str(data) if isinstance(data, str | Path) else type(data).__name__
     fit, held_out = _split(opened, seed)
-    if max_drop is not None and held_out is None:
+    if judged and held_out is None:
+        together = opened.source.samples_per_unit
+        least = max(MIN_SAMPLES_TO_SPLIT, 2 * together)
         raise PlanError(
-            f"max_drop judges held-out samples, and {opened.num_samples} are too few to hold any out: "
-            f"give {MIN_SAMPLES_TO_SPLIT} or more"
+            f"{judged[0]} judges held-out samples, and {opened.num_samples} are too few to hold any out: "
+            f"give {least} or more" + (f" (they come {together} at a time)" if together > 1 else "")
         )
     return replace(job, fit=fit, held_out=held_out, samples=opened, data_name=name)
 
@@ -132,11 +148,18 @@ def _check_choices(
     activations: str,
     kind: str,
     mode: str,
+    equalize: bool,
 ) -> None:
     if sum(x is not None for x in (plan, bits, size, max_drop)) > 1:
         raise PlanError(
             "give one of plan, bits, size and max_drop: each decides how large the model gets"
         )
+    if equalize and max_drop is not None:
+        raise PlanError(
+            "equalize tries a second model under one budget: give bits or size, not max_drop"
+        )
+    if equalize and plan is not None and plan.activations:
+        raise PlanError("equalize changes what layers read: take the activations out of the plan")
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise PlanError(f"max_drop {max_drop:g} is not in the range 0..100 percent")
     if bits is not None and not MIN_BITS <= bits <= MAX_BITS:

@@ -16,7 +16,7 @@ from afpq._build import build_graph, with_activations
 from afpq._drop import CONFIDENCE, Drop, drop_of
 from afpq._job import MAX_BITS, Job
 from afpq.calibrate import Stats
-from afpq.errors import PlanError
+from afpq.errors import NaNError, PlanError
 from afpq.plan import Plan
 from afpq.report import RunFacts
 from afpq.search import measure
@@ -36,6 +36,7 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
 
     Raises:
         PlanError: the model has no output to judge.
+        NaNError: no trial has outputs that are numbers.
     """
     limit = job.max_drop
     assert limit is not None and job.held_out is not None
@@ -54,15 +55,22 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
     trials: list[dict[str, Any]] = []
     best: tuple[tuple[bool, float, float], Drop, Result] | None = None
 
+    failed: NaNError | None = None
+
     def passes(step: int) -> bool:
-        nonlocal best
+        nonlocal best, failed
         plan = with_activations(job, costs.plan(bits=step / STEPS_PER_BIT), stats, progress)
-        graph, facts = build_graph(job, plan, stats, progress)
+        bits = plan.bits_per_weight
+        try:
+            graph, facts = build_graph(job, plan, stats, progress)
+        except NaNError as error:  # too few bits for this network
+            failed = error
+            trials.append({"bits_per_weight": bits, "percent": None, "met": False})
+            return False
         drop = drop_of(facts.accuracy["outputs"]) if facts.accuracy is not None else None
         if drop is None:
             raise PlanError("max_drop: the model has no output that can be judged")
         met = drop.percent <= limit
-        bits = plan.bits_per_weight
         trials.append({"bits_per_weight": bits, "percent": drop.percent, "met": met})
         # Of those that pass the smallest, else the one that loses least.
         rank = (not met, bits if met else drop.percent, bits)
@@ -72,7 +80,9 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
 
     smallest = math.ceil(STEPS_PER_BIT * costs.smallest_bits / costs.num_weights - 1e-9)
     first_that_passes(smallest, max(smallest, round(STEPS_PER_BIT * MAX_BITS)), passes)
-    assert best is not None
+    if best is None:
+        assert failed is not None
+        raise failed
     _, drop, (plan, graph, facts) = best
     goal = {
         "max_drop": limit,

@@ -169,7 +169,7 @@ class _Drawn:
 def _drawn(model: Model, readers: Readers, data: Data) -> Iterable[tuple[str, _Drawn]]:
     """Tensors with what was drawn of them; only those of one pass are held at once."""
     network = FloatModel(model, threads=1)
-    samples = data.take(max(_SAMPLES, data.source.samples_per_unit))
+    samples = data.take(_SAMPLES)
     for names, size in passes(network, samples, list(readers)):
         drawn = {name: _Drawn() for name in names}
         for number, feed in enumerate(samples.batches(size)):

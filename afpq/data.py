@@ -102,17 +102,8 @@ class Data:
         return replace(self, units=self.units[~chosen]), replace(self, units=self.units[chosen])
 
     def take(self, num_samples: int) -> "Data":
-        """At most so many samples, spread evenly over the data.
-
-        Raises:
-            DataError: that is less than the model takes at once.
-        """
-        count = num_samples // self.source.samples_per_unit
-        if count < 1:
-            raise DataError(
-                f"{num_samples} samples are fewer than the {self.source.samples_per_unit} "
-                "that the model takes at once"
-            )
+        """At most so many samples, spread evenly over the data; at least as many as the model takes at once."""
+        count = max(num_samples // self.source.samples_per_unit, 1)
         if count >= len(self.units):
             return self
         return replace(self, units=self.units[_spread(len(self.units), count)])
@@ -145,7 +136,7 @@ def open_data(
         RuntimeUnavailableError: images need Pillow, which is missing.
     """
     if isinstance(src, Data):
-        return src if limit is None else src.take(limit)
+        return _limited(src, limit)
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} samples leaves no data")
     entries = as_inputs(inputs)
@@ -157,7 +148,18 @@ def open_data(
         spec = complete(spec, entries[0].shape, entries[0].name)
     source, spec = _open_source(src, entries, spec, limit)
     data = Data(entries, source, np.arange(source.num_units, dtype=np.int64), spec)
-    return data if limit is None else data.take(limit)
+    return _limited(data, limit)
+
+
+def _limited(data: Data, limit: int | None) -> Data:
+    if limit is None:
+        return data
+    if limit < data.source.samples_per_unit:
+        raise DataError(
+            f"{limit} samples are fewer than the {data.source.samples_per_unit} "
+            "that the model takes at once"
+        )
+    return data.take(limit)
 
 
 def _open_source(

@@ -4,6 +4,7 @@ AfpqError
  |- FormatError(ValueError)      a number format, scale or code that does not exist
  |- PlanError(ValueError)        a plan, budget or layer pattern that cannot be followed
  |- ModelError(ValueError)       an ONNX model that cannot be read, quantized or written
+ |   |- NaNError                  a model whose output is NaN
  |- DataError(ValueError)        calibration or evaluation data that does not fit the model
  |- RuntimeUnavailableError      a native library or an optional dependency is missing
 
@@ -15,6 +16,7 @@ __all__ = [
     "DataError",
     "FormatError",
     "ModelError",
+    "NaNError",
     "PlanError",
     "RuntimeUnavailableError",
 ]
@@ -34,6 +36,10 @@ class PlanError(AfpqError, ValueError):
 
 class ModelError(AfpqError, ValueError):
     """An ONNX model that cannot be read, quantized or written."""
+
+
+class NaNError(ModelError):
+    """A model whose output is NaN on the samples it was given."""
 
 
 class DataError(AfpqError, ValueError):

@@ -5,15 +5,17 @@
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from afpq import _core
-from afpq.errors import ModelError
+from afpq.errors import FormatError, ModelError
 from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
 
@@ -261,6 +263,13 @@ def _initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     }
 
 
+def _format(where: str, attributes: Mapping[str, Any], name: str) -> AfpFormat:
+    try:
+        return AfpFormat.parse(str(attributes[name]))
+    except FormatError as error:
+        raise ModelError(f"{where}: attribute {name}: {error}") from error
+
+
 def _layer(path: Path, node: ir.Node) -> PackedLayer:
     where = f"{path}: node {node.name!r} (afpq {node.op_type})"
     attributes = {name: value.value for name, value in node.attributes.items()}
@@ -278,13 +287,13 @@ def _layer(path: Path, node: ir.Node) -> PackedLayer:
     activations = attributes.get("activations", "a16") if first else None
     static = None
     if "activation_format" in attributes:
-        static = AfpFormat.parse(str(attributes["activation_format"]))
+        static = _format(where, attributes, "activation_format")
         if "activation_scale" not in attributes:
             raise ModelError(f"{where}: attribute activation_scale is missing")
     return PackedLayer(
         name=node.name or f"{node.op_type}({node.outputs[0].name})",
         op=node.op_type,
-        format=AfpFormat.parse(str(attributes["format"])),
+        format=_format(where, attributes, "format"),
         n=int(attributes["n"]),
         k=int(attributes["k"]),
         group_size=int(attributes.get("group_size", 0)),

@@ -29,7 +29,7 @@ from afpq._probe import Feeds
 from afpq._smallest import smallest_model
 from afpq.calibrate import Stats, calibrate
 from afpq.equalize import equalize as equalize_model
-from afpq.errors import ModelError
+from afpq.errors import ModelError, NaNError
 from afpq.graph import Model
 from afpq.packed import describe_packed, file_bytes, is_packed, read_ir
 from afpq.plan import Plan
@@ -231,7 +231,7 @@ def build(
     """Encodes the weights as the plan says, compensates what rounding lost if that helps, and rewrites the graph."""
     progress = progress or _silent
     packed, facts = build_graph(job, plan, stats, progress)
-    if job.equalize and stats is not None and job.fit is not None and job.held_out is not None:
+    if job.equalize and stats is not None:
         packed, plan, facts = _equalized(job, plan, stats, (packed, facts), progress)
     return QuantizedModel(packed, plan, facts, probe=_first_input(job))
 
@@ -262,15 +262,26 @@ def _equalized(
     job: Job, plan: Plan, stats: Stats, plain: tuple[ir.Model, RunFacts], progress: Progress
 ) -> tuple[ir.Model, Plan, RunFacts]:
     """The same plan for the equalised network, or what there is without, whichever is better on held-out samples."""
+    packed, facts = plain
+    correction = facts.correction
+    assert correction is not None and job.fit is not None
+
+    def with_note(text: str) -> RunFacts:
+        notes = [*correction["notes"], f"equalisation was left out: {text}"]
+        return replace(facts, correction={**correction, "notes": notes})
+
     bits = min(max(round(plan.bits_per_weight), 2), 8)
     equalized = equalize_model(job.model, stats, job.fit, bits=bits, num_threads=job.threads)
     if not equalized.factors:
-        return plain[0], plan, plain[1]
+        return packed, plan, with_note("no pair of layers gains")
     other = replace(job, model=equalized.model)
     stats = calibrate(equalized.model, job.fit, threads=job.threads, progress=progress)
     # What layers read has changed: static formats are chosen anew.
     changed = with_activations(other, replace(plan, activations=None), stats, progress)
-    made = build_graph(other, changed, stats, progress)
+    try:
+        made = build_graph(other, changed, stats, progress)
+    except NaNError as error:
+        return packed, plan, with_note(str(error))
     before, after = (_held_out_loss(facts) for _, facts in (plain, made))
     kept = after < before
     packed, facts = made if kept else plain

@@ -89,7 +89,6 @@ def search(
     overrides: Mapping[str, str] | None = None,
     objective: str = "auto",
     mode: str = "default",
-    correct: bool = True,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -108,7 +107,6 @@ def search(
         overrides: format by name or glob, such as {"conv1*": "e2m3"}, `float` to leave it alone; the last one wins.
         objective: `kl`, `squared_error`, or `auto`, which looks at the model's outputs.
         mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes, a second pass).
-        correct: measure with compensated rounding and corrected biases, as the plan will be used.
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
 
@@ -129,7 +127,6 @@ def search(
         overrides=overrides,
         objective=objective,
         mode=mode,
-        correct=correct,
         threads=threads,
         progress=progress,
     )
@@ -153,7 +150,6 @@ def measure(
     overrides: Mapping[str, str] | None = None,
     objective: str = "auto",
     mode: str = "default",
-    correct: bool = True,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Costs:
@@ -185,7 +181,7 @@ def measure(
     if bits is not None or size is not None:
         unmeasured.budget_bits(bits, size)
     losses, name, shop = _losses(
-        model, active, found, stats, data, objective, MODES[mode], correct, threads, progress
+        model, active, found, stats, data, objective, MODES[mode], threads, progress
     )
     return replace(unmeasured, losses=losses, objective=name, shop=shop)
 
@@ -198,7 +194,6 @@ def _losses(
     data: object,
     objective: str,
     mode: Mode,
-    correct: bool,
     threads: int,
     progress: Progress | None,
 ) -> tuple[dict[str, list[float]], str, Workshop | None]:
@@ -207,7 +202,7 @@ def _losses(
         name = "weight_error" if stats is None else "output_error"
         return {key: [c.noise for c in choices] for key, choices in found.items()}, name, None
     samples = data if isinstance(data, Data) else open_data(data, model.inputs)
-    fitted, judged = split_samples(samples) if correct and mode.compensated else (None, samples)
+    fitted, judged = split_samples(samples) if mode.compensated else (None, samples)
     judge = Judge(
         FloatModel(model, threads=1), judged, objective=objective, max_samples=mode.num_samples
     )
@@ -216,7 +211,7 @@ def _losses(
         active,
         found,
         widths=mode.widths,
-        stats=stats if correct else None,
+        stats=stats,
         samples=fitted,
         num_threads=min(threads, _MAX_WORKERS),
         progress=progress,

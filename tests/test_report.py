@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import afpq
+from afpq._report_text import _goal as goal_section
 from afpq.errors import AfpqError
 from afpq.packed import read_packed
 from afpq.report import (
@@ -24,7 +25,6 @@ from afpq.report import (
     write_report,
     write_text,
 )
-from afpq.report import _goal as goal_section
 
 
 @pytest.fixture(scope="module")
