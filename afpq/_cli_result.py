@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from afpq.plan import Plan
     from afpq.quantize import Job, QuantizedModel
 
-__all__ = ["GOAL_MISSED", "print_dry_run", "print_result"]
+__all__ = ["print_dry_run", "print_result"]
 
-GOAL_MISSED = 3
+_GOAL_MISSED = 3
 
 
 def print_dry_run(
@@ -137,11 +137,11 @@ def _print_goal(result: "QuantizedModel | None") -> None:
 def _goal(job: "Job", size: int, result: "QuantizedModel | None") -> int:
     if job.size is not None and size > job.size:
         note(f"error: goal missed: {size:,} bytes, the budget was {job.size:,}")
-        return GOAL_MISSED
+        return _GOAL_MISSED
     goal = None if result is None else result.facts.goal
     if goal is not None and not goal["met"]:
         note(f"error: goal missed: {goal['text']}, at most {goal['max_drop']:g} % were wanted")
-        return GOAL_MISSED
+        return _GOAL_MISSED
     if goal is not None and (goal["high"] is None or goal["high"] > goal["max_drop"]):
         note(f"{goal['num_rows']:,} held-out rows cannot exclude a larger drop: more samples would")
     return 0

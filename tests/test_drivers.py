@@ -330,3 +330,23 @@ def test_unpack_equals_decode(text):
     np.testing.assert_array_equal(
         _core.unpack(data, text, 21, 30, scale, 0), decode(codes, fmt, scale.T)
     )
+
+
+@pytest.mark.parametrize(
+    ("activations", "activation_format", "scale", "message"),
+    [
+        ("a16", "e0m7", 0.5, "goes with a8, got a16"),
+        ("a8", "e5m2", 0.5, "no format of activations: e5m2"),
+        ("a8", "e0m7", 0.3, "no scale of activations: 0.3"),
+    ],
+)
+def test_a_static_format_that_cannot_be_used_is_refused(
+    activations, activation_format, scale, message
+):
+    codes = np.zeros((16, 4), np.uint8)
+    x, scale_of_weights = np.zeros((1, 4), np.float32), np.ones(16, np.float32)
+    with pytest.raises(ValueError, match=message):
+        _core.matmul(
+            "scalar", 1, x, pack(codes, 8), "e0m7", 16, 4, scale_of_weights, 0, None, activations, -INF, INF,
+            activation_format, scale,
+        )  # fmt: skip

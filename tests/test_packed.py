@@ -4,6 +4,7 @@ from pathlib import Path
 
 import graphs
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from afpq.errors import ModelError
@@ -161,4 +162,17 @@ def test_a_missing_attribute_is_named(tmp_path: Path) -> None:
     save(model, path)
 
     with pytest.raises(ModelError, match=r"afpq MatMul.*attribute k is missing"):
+        read_packed(path)
+
+
+@pytest.mark.parametrize("name", ["format", "activation_format"])
+def test_a_format_that_does_not_exist_names_the_attribute(tmp_path: Path, name: str) -> None:
+    path = matmul(tmp_path)
+    model = read_ir(path)
+    attributes = next(iter(model.graph)).attributes
+    attributes[name] = ir.AttrString(name, "e9m1")
+    attributes["activation_scale"] = ir.AttrFloat32("activation_scale", 0.5)
+    save(model, path)
+
+    with pytest.raises(ModelError, match=rf"afpq MatMul.*attribute {name}: .*exponent_bits 9"):
         read_packed(path)

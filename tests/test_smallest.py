@@ -55,6 +55,14 @@ def test_the_interval_of_a_paired_difference() -> None:
     assert (found.low, found.high) == pytest.approx((-2.4637, 8.3460), abs=1e-4)
 
 
+@pytest.mark.parametrize("rows", [7, 20, 50, 150, 300, 999])
+def test_a_share_of_changed_rows_is_exact(rows: int) -> None:
+    """A limit of 2 % admits 1 row of 50: what floats make of 1 - 49 / 50 is a bit more."""
+    for changed in range(rows + 1):
+        agreement = float(np.mean(np.arange(rows) >= changed))
+        assert drop(agreement=agreement, num_rows=rows).percent == 100 * changed / rows
+
+
 def test_no_change_on_few_rows_is_not_certainty() -> None:
     few, many = (drop(top1_lost=0, top1_gained=0, num_rows=n) for n in (20, 2000))
     assert few.high == -few.low > 8
