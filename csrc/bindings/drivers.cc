@@ -83,7 +83,8 @@ afpq::LhsRounding rounding_of(const std::string& mode, const std::string& format
   if (mode == "a8") rounding.mode = afpq::Activations::kA8;
   if (mode == "f32") rounding.mode = afpq::Activations::kF32;
   if (scale == 0) return rounding;
-  if (mode != "a8") throw std::invalid_argument("a format of activations goes with a8, got " + mode);
+  if (mode != "a8")
+    throw std::invalid_argument("a format of activations goes with a8, got " + mode);
   if (!afpq::parse_format(format.c_str(), &rounding.format) ||
       !afpq::fits_activations(rounding.format))
     throw std::invalid_argument("no format of activations: " + format);
