@@ -108,10 +108,10 @@ class Data:
             return self
         return replace(self, units=self.units[_spread(len(self.units), count)])
 
-    def fingerprint(self) -> str:
-        """sha256 over the number of samples and the content of the first 64, hexadecimal."""
+    def fingerprint(self, num_units: int | None = FINGERPRINT_SAMPLES) -> str:
+        """sha256 over the number of samples and the content of the first 64, or all (None), hexadecimal."""
         digest = hashlib.sha256(f"{self.num_samples}".encode())
-        head = replace(self, units=self.units[:FINGERPRINT_SAMPLES])
+        head = replace(self, units=self.units[:num_units])
         for feed in head.batches(1):
             for name, array in sorted(feed.items()):
                 digest.update(f"|{name} {array.dtype} {array.shape}|".encode())

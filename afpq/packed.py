@@ -28,6 +28,7 @@ __all__ = [
     "describe_packed",
     "file_bytes",
     "is_packed",
+    "model_files",
     "read_ir",
     "read_packed",
     "weight_values",
@@ -224,13 +225,16 @@ def describe_packed(model: ir.Model, path: Path, num_bytes: int) -> PackedModel:
 
 def file_bytes(path: str | Path, model: ir.Model | None = None) -> int:
     """Bytes on disk: the file and the external data files that its tensors lie in."""
+    return sum(f.stat().st_size for f in model_files(path, model))
+
+
+def model_files(path: str | Path, model: ir.Model | None = None) -> list[Path]:
+    """The file of a model and, by name, those that its tensors lie in."""
     path = Path(path)
     model = read_ir(path) if model is None else model
-    files = {path}
-    for tensor in _initializers(model).values():
-        if isinstance(tensor, ir.ExternalTensor):
-            files.add(path.parent / str(tensor.location))
-    return sum(f.stat().st_size for f in files)
+    tensors = _initializers(model).values()
+    outside = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return [path, *(path.parent / name for name in sorted(outside))]
 
 
 def weight_values(layer: PackedLayer) -> npt.NDArray[np.float32]:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from afpq._candidates import (
@@ -23,12 +24,13 @@ from afpq._costs import Costs
 from afpq._judge import OBJECTIVES, Judge, Objective, choose_objective
 from afpq._measure import Progress, Workshop, measure_sensitivity, split_samples
 from afpq._second import second_pass
-from afpq._sensitivity import Sensitivity
+from afpq._sensitivity import Sensitivity, read_sensitivities, write_sensitivities
 from afpq.calibrate import Stats
 from afpq.data import Data, open_data
 from afpq.errors import PlanError
 from afpq.formats import AfpFormat
 from afpq.graph import Model, load_model
+from afpq.journal import Journal
 from afpq.plan import Plan, match_names, read_format
 from afpq.runtime import FloatModel
 
@@ -91,6 +93,7 @@ def search(
     mode: str = "default",
     threads: int = 0,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Plan:
     """Finds the plan with the least predicted loss that a budget allows.
 
@@ -109,6 +112,7 @@ def search(
         mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes, a second pass).
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
+        journal: keeps what was measured, should the run be stopped.
 
     Raises:
         PlanError: the budget is too small, a pattern matches nothing, or an option does not exist.
@@ -129,6 +133,7 @@ def search(
         mode=mode,
         threads=threads,
         progress=progress,
+        journal=journal,
     )
     if costs.shop is None or not MODES[mode].second_pass:
         return costs.plan(bits=bits, size=size)
@@ -152,6 +157,7 @@ def measure(
     mode: str = "default",
     threads: int = 0,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Costs:
     """What `search` does before it chooses: the costs of all candidates, for plans under several budgets.
 
@@ -181,7 +187,7 @@ def measure(
     if bits is not None or size is not None:
         unmeasured.budget_bits(bits, size)
     losses, name, shop = _losses(
-        model, active, found, stats, data, objective, MODES[mode], threads, progress
+        model, active, found, stats, data, objective, MODES[mode], threads, progress, journal
     )
     return replace(unmeasured, losses=losses, objective=name, shop=shop)
 
@@ -196,6 +202,7 @@ def _losses(
     mode: Mode,
     threads: int,
     progress: Progress | None,
+    journal: Journal | None,
 ) -> tuple[dict[str, list[float]], str, Workshop | None]:
     """The predicted loss of every candidate, the name of what was minimised, and where it can be measured again."""
     if data is None:
@@ -206,7 +213,8 @@ def _losses(
     judge = Judge(
         FloatModel(model, threads=1), judged, objective=objective, max_samples=mode.num_samples
     )
-    sensitivities = measure_sensitivity(
+    measured = partial(
+        measure_sensitivity,
         judge,
         active,
         found,
@@ -215,6 +223,9 @@ def _losses(
         samples=fitted,
         num_threads=min(threads, _MAX_WORKERS),
         progress=progress,
+    )
+    sensitivities = (journal or Journal()).step(
+        "sensitivities", measured, write_sensitivities, read_sensitivities
     )
     losses = {
         key: [sensitivities[key].loss(c.noise) for c in choices] for key, choices in found.items()
