@@ -312,6 +312,17 @@ def test_compare_with_a_simulation(
     assert result["quantized_bytes"] is None
 
 
+def test_samples_limit_what_a_simulation_is_made_from(
+    lenet: Path, calibration: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = models / "digits_evaluation.npz"
+    options = ("--data", data, "--calib", calibration, "--samples", 16)
+
+    assert run("compare", lenet, "--simulate", "w5a5", *options) == 0
+
+    assert "calibrate: 12 done" in capsys.readouterr().err  # a quarter is held out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -735,22 +746,46 @@ def test_a_sweep_prints_and_writes_what_it_finds(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (("--formats", "e4m3", "--bits", 8), "give --formats or --bits, not both"),
-        (("--formats", "e9m9"), "exponent_bits 9 is not in the range"),
-        (("--formats", "ue2m5"), "ue2m5 is unsigned"),
-        (("-o", "s.png"), "the supported suffixes are .svg, .md and .json"),
+        (("--formats", "e4m3", "--bits", 8), 2, "give --formats or --bits, not both"),
+        (("--formats", "e9m9"), 2, "exponent_bits 9 is not in the range"),
+        (("--formats", "ue2m5"), 1, "ue2m5 is unsigned"),
+        (("-o", "s.png"), 2, "the supported suffixes are .svg, .md and .json"),
+        (("--what", "activations", "--formats", "e3m0"), 2, "no format to sweep (e3m0)"),
     ],
 )
 def test_a_wrong_sweep_is_refused(
     arguments: tuple[object, ...],
+    code: int,
     message: str,
     models: Path,
     calibration: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code = run("sweep", models / "lenet5_digits.onnx", "--data", calibration, *arguments)
+    arguments = ("sweep", models / "lenet5_digits.onnx", "--data", calibration, *arguments)
 
-    assert code in (1, 2)
+    assert run(*arguments) == code
     assert message in error_of(capsys)
+
+
+def test_a_sweep_leaves_no_half_of_a_file(
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    data = models / "digits_evaluation.npz"
+
+    code = run(
+        *("sweep", models / "lenet5_digits.onnx", "--data", data, "--samples", 8),
+        *("--formats", "e3m0", "-o", tmp_path / "s.svg", "-j", 1),
+    )
+
+    assert code == 1
+    assert "No space left" in error_of(capsys)
+    assert names(tmp_path) == []
