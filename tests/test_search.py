@@ -206,6 +206,8 @@ def test_squared_error_is_chosen_for_anything_else(lenet: Model) -> None:
         choose_objective(lenet, [[image]], "kl")
     with pytest.raises(PlanError, match="no output is a float tensor"):
         choose_objective(lenet, [[ids]], "auto")
+    with pytest.raises(PlanError, match="objective 'mse' is not one of auto, kl, squared_error"):
+        choose_objective(lenet, [[image]], "mse")
 
 
 def test_a_language_model_is_known_by_its_vocabulary(tied: Model) -> None:
@@ -493,8 +495,6 @@ def test_a_tied_language_model_is_searched_by_kl(tied: Model) -> None:
         ({"size": 0}, "not positive"),
         ({"kind": "exact"}, "'exact' is not one of real, integer"),
         ({"mode": "slow"}, "mode 'slow' is not one of quick, default, best"),
-        ({"objective": "mse"}, "objective 'mse' is not one of auto, kl, squared_error"),
-        ({"formats": []}, "list of formats is empty"),
         ({"include": ["conv*"]}, r"--include 'conv\*' matches no layer; nearest: "),
         ({"exclude": ["/9/Gem"]}, "--exclude '/9/Gem' matches no layer; nearest: /9/Gemm"),
         ({"overrides": {"/1/*": "e2m1"}}, r"--layer '/1/\*' matches no layer"),
