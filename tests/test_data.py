@@ -98,7 +98,7 @@ def test_an_npz_gives_its_samples_in_order(tmp_path: Path, save: Any) -> None:
 
 def test_an_uncompressed_npz_is_memory_mapped(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.asfortranarray(vectors(7)), labels=np.arange(7))
-    from afpq._sources import load_npz
+    from afpq._array_files import load_npz
 
     arrays = load_npz(tmp_path / "d.npz")
     assert isinstance(arrays["x"], np.memmap)
