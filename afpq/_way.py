@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from afpq._sources import load_npz
+from afpq._array_files import load_npz
 from afpq.formats import AfpFormat
 from afpq.packing import PackedTensor
 

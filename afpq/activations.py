@@ -172,13 +172,14 @@ def _drawn(model: Model, readers: Readers, data: Data) -> Iterable[tuple[str, _D
     samples = data.take(_SAMPLES)
     for names, size in passes(network, samples, list(readers)):
         drawn = {name: _Drawn() for name in names}
+        ways = {name: [(way[0], _energy(way)) for way in _ways(readers[name])] for name in names}
         for number, feed in enumerate(samples.batches(size)):
             share = samples.count(feed) / samples.num_samples
             for name, array in zip(names, network.run(feed, names), strict=True):
                 drawn[name].elements += array.size
-                for ways in _ways(readers[name]):
-                    rows, low, high = _draw(array, ways[0], share, seed=number)
-                    drawn[name].add(rows, low, high, _energy(ways))
+                for layer, energy in ways[name]:
+                    rows, low, high = _draw(array, layer, share, seed=number)
+                    drawn[name].add(rows, low, high, energy)
         yield from drawn.items()
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from afpq._array_files import load_npy, load_npz, npy_items
 from afpq._feeds import Feed, Input, as_inputs
 from afpq._sources import (
     Labels,
@@ -38,9 +39,6 @@ from afpq._sources import (
     array_source,
     image_source,
     item_source,
-    load_npy,
-    load_npz,
-    npy_items,
     repeatable,
 )
 from afpq.errors import AfpqError, DataError

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from afpq import _core
+from afpq._layer import is_planar
 from afpq.errors import FormatError, ModelError
 from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
@@ -105,9 +105,8 @@ class PackedLayer:
         if self.activations == "f32":
             return "float"
         if self.op == "Conv":
-            taps = int(np.prod(self.node.attributes["kernel_shape"].value))
-            channels = self.k // taps * self.groups
-            if _core.conv_is_planar(channels, self.n, self.groups, taps):
+            kernel_shape = self.node.attributes["kernel_shape"].value
+            if is_planar(self.n, self.k, self.groups, kernel_shape):
                 return "planar"
         return self.format.kernel_class
 
