@@ -261,10 +261,10 @@ def _going_on(journal: "Journal") -> Iterator[None]:
     """Says how to go on where a run stops early, and leaves no journal that has nothing in it."""
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         if not journal.steps():
             journal.remove()
-        elif isinstance(error, KeyboardInterrupt | click.Abort):
+        else:
             note(
                 f"{journal.folder} keeps what was finished: the same command with --resume goes on"
             )

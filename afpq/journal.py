@@ -55,6 +55,8 @@ class Journal:
                 text = json.dumps(wanted, indent=2)
                 _write(file, lambda part: part.write_text(text, encoding="utf-8"))
         except OSError as error:
+            if not (folder / _IDENTITY).exists():  # it was never one
+                shutil.rmtree(folder, ignore_errors=True)
             raise JournalError(f"{folder}: cannot be written: {error.strerror or error}") from error
         except json.JSONDecodeError as error:
             raise JournalError(f"{folder}: {_IDENTITY} is damaged: {error}") from error

@@ -186,6 +186,29 @@ def test_full_disk(
     assert names(lenet.parent) == ["lenet.onnx"]
 
 
+def test_a_disk_that_is_full_in_the_end_loses_no_work(
+    lenet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = lenet.with_name("out.onnx")
+
+    def full(source: Path, target: Path) -> None:
+        if target == out:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    rename = os.rename
+    monkeypatch.setattr(os, "replace", full)
+    assert run("quantize", lenet, "-o", out) == 1
+
+    err = capsys.readouterr().err
+    assert "No space left" in err and "with --resume goes on" in err
+    assert names(lenet.parent) == ["lenet.onnx", "out.onnx.journal"]
+
+    monkeypatch.undo()
+    assert run("quantize", lenet, "-o", out, "--resume") == 0
+    assert names(lenet.parent) == ["lenet.onnx", "out.onnx"]
+
+
 def test_packed_models_are_not_quantized_again(
     packed_lenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -229,7 +229,7 @@ def environment() -> dict[str, str]:
 
 def command(models: Path, *options: object) -> list[str]:
     head = [sys.executable, "-m", "afpq", "quantize", models / "lenet5_digits.onnx"]
-    head += ["--calib", models / "digits_calibration.npz", "--samples", "200"]
+    head += ["--calib", models / "digits_calibration.npz", "--samples", "64"]
     return [str(x) for x in (*head, *options)]
 
 
