@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from afpq._cli_config import config_options, save_config
 from afpq._cli_output import (
     StageProgress,
     check_output,
@@ -147,6 +148,7 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     is_flag=True,
     help="Go on where the same command was interrupted or killed: OUT.onnx.journal keeps what it had finished.",
 )
+@config_options
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 def quantize(model: Path, **options: Any) -> int:
     """Write a packed model: every layer in a small float format of its own.
@@ -185,6 +187,7 @@ class _Options:
     as_json: bool
     resume: bool
     force: bool
+    save_config: Path | None
 
 
 def _quantize(model: Path, options: _Options) -> int:
@@ -215,6 +218,8 @@ def _quantize(model: Path, options: _Options) -> int:
         threads=options.threads,
         journal=journal,
     )
+    if options.save_config is not None:
+        write_text(options.save_config, save_config(click.get_current_context()))
     _say_defaults(job, options)
     result: QuantizedModel | None = None
     with StageProgress() as progress, _going_on(job.journal):
@@ -292,7 +297,7 @@ def _check_usage(model: Path, options: _Options) -> None:
         raise click.UsageError("--report needs a written model, --dry-run writes none")
     if options.report is not None:
         check_report_suffix(options.report)
-    outputs = [options.output, options.save_plan, options.report]
+    outputs = [options.output, options.save_plan, options.report, options.save_config]
     given = [path.resolve() for path in outputs if path is not None]
     if len(set(given)) < len(given):
         raise click.UsageError("two outputs have the same name")
