@@ -162,6 +162,8 @@ def format_change(before: int, after: int) -> str:
 
 def format_ratio(before: int, after: int) -> str:
     """`5.9x smaller`."""
+    if after == before:
+        return "the same size"
     if after <= before:
         return f"{before / max(after, 1):.2f}x smaller"
     return f"{after / max(before, 1):.2f}x LARGER"
