@@ -255,7 +255,8 @@ class StageProgress:
             self._draw(done, total)
         elif not self.terminal and now - self.printed > _REPEAT_S:
             self.printed = now
-            self._line(f"{stage}: {done} of {total}, {elapsed:.0f} s")
+            left = elapsed * (total - done) / max(done, 1)
+            self._line(f"{stage}: {done} of {total}, {elapsed:.0f} s, about {left:.0f} s left")
 
     def close(self) -> None:
         """Removes the bar."""
