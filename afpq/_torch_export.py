@@ -120,9 +120,10 @@ def export(module: nn.Module, example: Example, path: Path) -> Exported:
         raise RuntimeUnavailableError(
             "the ONNX exporter of torch needs onnxscript, which is missing: pip install 'afpq[torch]'"
         )
-    program = _trace(module, example)
-    model = _to_onnx(module, program)
-    owners, left_float = _name_layers(path, model, _Graph(module, program))
+    with _zero_biases(module):
+        program = _trace(module, example)
+        model = _to_onnx(module, program)
+        owners, left_float = _name_layers(path, model, _Graph(module, program))
     for value, name in zip(model.graph.inputs, example.arguments, strict=True):
         value.name = name
     save(model, path)
@@ -283,6 +284,19 @@ def _mismatch(graph: _Graph, layers: list[Layer], called: list[nn.Module | None]
 
 def _hooked(*modules: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+@contextmanager
+def _zero_biases(module: nn.Module) -> Iterator[None]:
+    """Convolutions without bias have one of zeros: the exporter would compute it, and not of the right shape in 3-D."""
+    bare = [part for part in module.modules() if kind_of(part) == "conv" and part.bias is None]
+    for part in bare:
+        part.bias = nn.Parameter(torch.zeros(len(part.weight), dtype=part.weight.dtype), False)
+    try:
+        yield
+    finally:
+        for part in bare:
+            part.bias = None
 
 
 @contextmanager

@@ -174,21 +174,21 @@ class PackedModule(nn.Module):
 
 
 class AfpLinear(PackedModule):
-    """`nn.Linear` on packed weights: x [..., k] -> [..., n], of x's type."""
+    """`nn.Linear` on packed weights: input [..., k] -> [..., n], of the input's type."""
 
     def __init__(self, layer: nn.Linear, packed: Packed) -> None:
         super().__init__((layer.out_features, layer.in_features), packed)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._read()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         a = self.fields
         codes, scale = self.stored()
         y: Tensor = torch.ops.afpq.linear(
-            x.to(torch.float32), codes, scale, self.sums, self.bias, a.format, a.n, a.k, a.group_size,
+            input.to(torch.float32), codes, scale, self.sums, self.bias, a.format, a.n, a.k, a.group_size,
             a.activations, a.activation_format, a.activation_scale,
         )  # fmt: skip
-        return y.to(x.dtype)
+        return y.to(input.dtype)
 
     def _column_sums(self) -> Tensor:
         a = self.fields
@@ -197,7 +197,7 @@ class AfpLinear(PackedModule):
 
 
 class AfpConv(PackedModule):
-    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` on packed weights: x [N, C, ...] (or without N) -> [N, n, ...]."""
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` on packed weights: input [N, C, ...] (or without N) -> [N, n, ...]."""
 
     def __init__(self, layer: "Convolution", packed: Packed) -> None:
         products = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
@@ -210,11 +210,11 @@ class AfpConv(PackedModule):
         self.padding = tuple(p[0] for p in ends) + tuple(p[1] for p in ends)
         self._read()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         a, rank = self.fields, len(self.kernel_size)
         codes, scale = self.stored()
-        single = x.dim() == rank + 1
-        batch = x[None] if single else x
+        single = input.dim() == rank + 1
+        batch = input[None] if single else input
         padding = self.padding
         if self.padding_mode != "zeros":
             ends = [padding[i + side * rank] for i in reversed(range(rank)) for side in (0, 1)]
@@ -225,7 +225,7 @@ class AfpConv(PackedModule):
             self.kernel_size, self.stride, padding, self.dilation, self.groups,
             a.activations, a.activation_format, a.activation_scale,
         )  # fmt: skip
-        y = y.to(x.dtype)
+        y = y.to(input.dtype)
         return y[0] if single else y
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class AfpConv(PackedModule):
 
 
 class AfpEmbedding(PackedModule):
-    """`nn.Embedding` on a packed table: indices of any shape -> indices.shape + [k], of the float table's type."""
+    """`nn.Embedding` on a packed table: input of any shape -> input.shape + [k], of the float table's type."""
 
     def __init__(self, layer: nn.Embedding, packed: Packed) -> None:
         super().__init__((layer.num_embeddings, layer.embedding_dim), packed)
@@ -249,10 +249,10 @@ class AfpEmbedding(PackedModule):
         self._dtype = layer.weight.dtype
         self._read()
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         a = self.fields
         codes, scale = self.stored()
-        y: Tensor = torch.ops.afpq.embedding(indices, codes, scale, a.format, a.n, a.k)
+        y: Tensor = torch.ops.afpq.embedding(input, codes, scale, a.format, a.n, a.k)
         return y.to(self._dtype)
 
 
