@@ -1,8 +1,9 @@
 """Calibration data of torch programs: any of its usual forms as feeds, keyed by the arguments of `forward`.
 
-A tensor or array, a tuple of them, a dictionary or an .npz file holds all samples along the first axis. Anything else is
-iterated, and each item is one batch: a tensor, a tuple or list of positional arguments, or a dictionary of arguments.
-`labels` may be a key of a dictionary, or come after the last argument of a tuple. Arguments are tensors or arrays.
+A tensor or array, a tuple of them, a dictionary or an .npz file holds all samples along the first axis. Anything else
+is iterated, and each item is one batch: a tensor, a tuple or list of positional arguments, or a dictionary of
+arguments. `labels` may be a key of a dictionary, or come after the last argument of a tuple. Arguments are tensors or
+arrays.
 """
 
 import inspect
@@ -74,13 +75,14 @@ def example_of(samples: Samples, limit: int | None) -> tuple[Feed, dict[str, set
     Raises:
         DataError: there are no batches, or an argument has another number of axes or type in some.
     """
-    feeds = []
+    feeds: list[Feed] = []
+    largest: Feed = {}
     seen = 0
     for number, item in enumerate(samples.passes()):
         feed = {name: a[:2] if samples.whole else a for name, a in item.items() if name != _LABELS}
         _check_alike(feeds[0] if feeds else feed, feed, f"batch {number} of the data")
         feeds.append({name: np.broadcast_to(a.dtype.type(0), a.shape) for name, a in feed.items()})
-        if number == 0 or _size(feed) > _size(largest):
+        if _size(feed) > _size(largest) or not largest:
             largest = feed
         seen += max((len(a) for a in feed.values() if a.ndim), default=1)
         if limit is not None and seen >= limit:
@@ -88,7 +90,9 @@ def example_of(samples: Samples, limit: int | None) -> tuple[Feed, dict[str, set
     if not feeds:
         raise DataError("the data yields no batches")
     open_axes = {
-        name: {axis for f in feeds for axis in range(a.ndim) if f[name].shape[axis] != a.shape[axis]}
+        name: {
+            axis for f in feeds for axis in range(a.ndim) if f[name].shape[axis] != a.shape[axis]
+        }
         for name, a in feeds[0].items()
     }
     firsts = {a.shape[:1] for a in largest.values()}
@@ -171,7 +175,9 @@ def _is_labels(value: Tensor | Array) -> bool:
 
 def _check_alike(first: Feed, feed: Feed, where: str) -> None:
     if list(first) != list(feed):
-        raise DataError(f"{where} has the arguments {', '.join(feed)}, the first {', '.join(first)}")
+        raise DataError(
+            f"{where} has the arguments {', '.join(feed)}, the first {', '.join(first)}"
+        )
     for name, array in feed.items():
         before = first[name]
         if (before.ndim, before.dtype) != (array.ndim, array.dtype):

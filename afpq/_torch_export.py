@@ -1,8 +1,8 @@
 """From a torch module to an ONNX file whose layers are named after the modules that own them.
 
-`float_copy` makes the module that both sides start from: a copy in eval mode, batch norm folded into the layer before
-it. `export` writes it as it is, no weight rearranged, and says which ONNX layer belongs to which module. A weight that is
-read in any other way than by calling its own layer stays float on both sides.
+`float_copy` and `fold_batch_norm` make the module that both sides start from: a copy in eval mode, batch norm folded
+into the layer before it. `export` writes it as it is, no weight rearranged, and says which ONNX layer belongs to which
+module. A weight that is read in any other way than by calling its own layer stays float on both sides.
 """
 
 import copy
@@ -29,7 +29,15 @@ from afpq._torch_layers import kind_of
 from afpq.errors import ModelError, RuntimeUnavailableError
 from afpq.rewrite import save
 
-__all__ = ["BATCH_NORMS", "Example", "Exported", "export", "fold_batch_norm", "float_copy", "replace_modules"]
+__all__ = [
+    "BATCH_NORMS",
+    "Example",
+    "Exported",
+    "export",
+    "float_copy",
+    "fold_batch_norm",
+    "replace_modules",
+]
 
 _aten = torch.ops.aten
 # Where the weight is among the arguments.
@@ -44,7 +52,11 @@ _WEIGHT_ARGUMENT: dict[Any, int] = {
     _aten.embedding.default: 0,
 }
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_BEFORE_BATCH_NORM = {"matmul": fusion.fuse_linear_bn_eval, "conv": fusion.fuse_conv_bn_eval}
+_Fuse = Callable[[Any, Any], nn.Module]
+_BEFORE_BATCH_NORM: dict[str | None, _Fuse] = {
+    "matmul": fusion.fuse_linear_bn_eval,
+    "conv": fusion.fuse_conv_bn_eval,
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `owners` maps names of ONNX layers to paths of modules, `left_float` the other ones to sentences why."""
+    """What was written, and the ONNX layers in it by name."""
 
     path: Path
-    owners: dict[str, str]
-    left_float: dict[str, str]
+    owners: dict[str, str]  # -> path of the module
+    left_float: dict[str, str]  # -> a sentence that says why
 
 
 def float_copy(module: nn.Module) -> nn.Module:
@@ -104,8 +116,7 @@ def fold_batch_norm(module: nn.Module, example: Example) -> nn.Module:
         private = graph.owns(layer, layer.weight) and graph.owns(layer, layer.bias)
         kind = kind_of(layer)
         if kind in _BEFORE_BATCH_NORM and once and private and not _hooked(norm, layer):
-            fuse: Callable[[Any, Any], nn.Module] = _BEFORE_BATCH_NORM[kind]
-            found[layer], found[norm] = fuse(layer, norm), nn.Identity()
+            found[layer], found[norm] = _BEFORE_BATCH_NORM[kind](layer, norm), nn.Identity()
     return replace_modules(module, found)
 
 
@@ -214,9 +225,11 @@ def _to_onnx(module: nn.Module, program: torch.export.ExportedProgram) -> ir.Mod
 
             def should_fold(node: ir.Node) -> bool | None:
                 plain = node.op_type not in ("Shape", "Size", "CastLike")
-                return False if plain and any(
-                    v is not None and v.name in parameters for v in node.inputs
-                ) else None
+                return (
+                    False
+                    if plain and any(v is not None and v.name in parameters for v in node.inputs)
+                    else None
+                )
 
             fold_constants(model, should_fold=should_fold)
             for clean in (IdentityEliminationPass(), RemoveUnusedNodesPass()):
@@ -289,7 +302,7 @@ def _hooked(*modules: nn.Module) -> bool:
 @contextmanager
 def _zero_biases(module: nn.Module) -> Iterator[None]:
     """Convolutions without bias have one of zeros: the exporter would compute it, and not of the right shape in 3-D."""
-    bare = [part for part in module.modules() if kind_of(part) == "conv" and part.bias is None]
+    bare: list[Any] = [m for m in module.modules() if kind_of(m) == "conv" and m.bias is None]
     for part in bare:
         part.bias = nn.Parameter(torch.zeros(len(part.weight), dtype=part.weight.dtype), False)
     try:

@@ -1,8 +1,8 @@
 """The kernels as torch operators `torch.ops.afpq.*`: `linear`, `conv`, `embedding` and `unpack`, on the processor.
 
-They are functions of plain tensors, so `torch.compile` and `torch.export` carry them like any other operator. `codes` and
-`scale` are what a packed file stores (README, "Packed layout"); `sums` is what `column_sums` made of the codes, once. The
-kernels read all of it where it lies and write into the memory of the result. There is no gradient.
+They are functions of plain tensors, so `torch.compile` and `torch.export` carry them like any other operator. `codes`
+and `scale` are what a packed file stores (README, "Packed layout"); `sums` is what `column_sums` made of the codes,
+once. The kernels read codes where they lie and write into the memory of the result. There is no gradient.
 """
 
 import math

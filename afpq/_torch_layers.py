@@ -1,9 +1,9 @@
 """The packed layers as torch modules: buffers that hold what the file stores, and a call of a kernel.
 
-Buffers of a layer, which are all of its state: `codes` (uint8 [packed bytes]) and `scale` (bfloat16 or int8) as in the packed
-file, `bias` (float32 [n], where there is one), and `attributes`, the ONNX node's attributes as JSON text in a uint8 tensor.
-A layer that shares its weight has an `owner` instead of codes and scale of its own. What kernels need besides is
-made again whenever a state is loaded.
+Buffers of a layer, which are all of its state: `codes` (uint8 [packed bytes]) and `scale` (bfloat16 or int8) as in the
+packed file, `bias` (float32 [n], where there is one), and `attributes`, the ONNX node's attributes as JSON text in a
+uint8 tensor. A layer that shares its weight has an owner instead of codes and scale of its own. What kernels need
+besides is made again whenever a state is loaded.
 """
 
 import json
@@ -145,9 +145,7 @@ class PackedModule(nn.Module):
             raise ModelError(f"the bias does not fit the attributes: bias={a.bias}, n={a.n}")
         self.sums = self._column_sums()
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *rest: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         # Another format has other sizes: the buffers become what the state holds.
         for name in _OWN:
             found = state_dict.get(prefix + name)
@@ -169,7 +167,7 @@ class PackedModule(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -270,7 +268,10 @@ class Convolution(Protocol):
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """`matmul`, `conv` or `gather` for layers that have a packed form, else None; sub-classes count if they compute alike."""
+    """`matmul`, `conv` or `gather` for layers that have a packed form, else None.
+
+    Sub-classes count if they inherit `forward`.
+    """
     alike = type(module).forward
     if isinstance(module, nn.Linear) and alike is nn.Linear.forward:
         return "matmul"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,11 @@ LAYERS = (
     ("activations", "compensate", "restore"),
     ("equalize", "learn", "search"),
     ("bench", "doctor", "evaluate", "quantize", "report", "simulate", "sweep", "verify"),
-    ("cli",),
+    ("cli", "torch"),
 )
 RANKS = {name: rank for rank, group in enumerate(LAYERS) for name in group}
 
-NEED_TORCH = {"learn"}
+NEED_TORCH = {"learn", "torch"}
 
 # The same for C++: a folder includes only itself and folders before it; bindings and ort do not see each other.
 INCLUDES = {
@@ -310,6 +311,8 @@ def test_readme_commands_and_python_run(workplace: Path) -> None:
     for block in commands:
         run_readme(["bash", "-euc", block], workplace)
     for block in examples:
+        if "import torch" in block and find_spec("onnxscript") is None:
+            continue  # the extra `torch` is not installed
         run_readme([sys.executable, "-W", "error", "-c", block], workplace)
 
 

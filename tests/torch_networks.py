@@ -51,10 +51,18 @@ class ResNet20(nn.Module):
 def resnet20(file: Path) -> nn.Module:
     """From resnet20.onnx, or resnet20-bn.onnx, whose batch norms are modules of their own."""
     tensors = initializers(file)
-    module = ResNet20(norm="bn1.weight" in tensors)
-    state = {name: tensors.get(name, value) for name, value in module.state_dict().items()}
-    module.load_state_dict(state)
+    module = ResNet20(norm="bn1.gamma" in tensors)
+    for name in module.state_dict():
+        place, _, kind = name.rpartition(".")
+        if "bn" in place and kind in _NORM:
+            tensors[name] = tensors.pop(f"{place}.{_NORM[kind]}")
+        elif kind == "num_batches_tracked":
+            tensors[name] = torch.zeros((), dtype=torch.int64)
+    module.load_state_dict({name: tensors[name] for name in module.state_dict()})
     return module.eval()
+
+
+_NORM = {"weight": "gamma", "bias": "beta", "running_mean": "mean", "running_var": "var"}
 
 
 class Attention(nn.Module):
@@ -97,9 +105,7 @@ class MiniLM(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.layers = nn.ModuleList(EncoderLayer(width) for _ in range(depth))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.words(input_ids) + self.types(token_type_ids) + self.positions(place)
         x = self.norm(x)
@@ -149,6 +155,5 @@ def initializers(file: Path) -> dict[str, Tensor]:
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     names = dict.fromkeys(name for node in model.graph.node for name in node.input if name in found)
     return {
-        name: torch.from_numpy(numpy_helper.to_array(found[name]).copy()).float()
-        for name in names
+        name: torch.from_numpy(numpy_helper.to_array(found[name]).copy()).float() for name in names
     }

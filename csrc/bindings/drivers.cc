@@ -8,11 +8,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
-#include <thread>
 
 #include "bindings/bindings.h"
+#include "bindings/threads.h"
 #include "drivers/conv.h"
 #include "drivers/gather.h"
 #include "drivers/matmul.h"
@@ -36,23 +35,6 @@ const AfpqKernels& table(const std::string& isa) {
   if (kernels == nullptr) throw std::invalid_argument(error);
   return *kernels;
 }
-
-// Runs tasks on at most `count` threads made for the call. A pool would not survive a fork, which
-// loaders of data do.
-struct Threads {
-  size_t count;
-  static void run(void* self, size_t total, void (*task)(void*, size_t), void* user) {
-    std::atomic<size_t> next{0};
-    const auto work = [&] {
-      for (size_t i; (i = next++) < total;) task(user, i);
-    };
-    std::vector<std::thread> threads;
-    const size_t count = std::min(static_cast<Threads*>(self)->count, total);
-    for (size_t t = 1; t < count; ++t) threads.emplace_back(work);
-    work();
-    for (std::thread& thread : threads) thread.join();
-  }
-};
 
 // Where a driver writes: into the caller's array, or into a new one, which is returned.
 struct Destination {
@@ -138,13 +120,13 @@ std::optional<Result> run_matmul(const std::string& isa, size_t threads, Floats 
   const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, group_size, 1,
                                               rounding.mode != afpq::Activations::kF32, sums);
   Destination result = destination({lhs.shape(0), n}, out);
-  Threads pool{threads};
+  afpq::Threads pool(threads);
   const afpq::Matmul op{&kernels, &weight, rounding, bias_of(bias, n), low, high};
   const float* data_in = lhs.data();
   const size_t m = lhs.shape(0);
   {
     nb::gil_scoped_release release;
-    matmul(op, data_in, m, result.data, {Threads::run, &pool});
+    matmul(op, data_in, m, result.data, pool.parallel());
   }
   return std::move(result.made);
 }
@@ -181,13 +163,13 @@ std::optional<Result> run_conv(const std::string& isa, size_t threads, Floats x,
   const afpq::PackedWeight weight =
       weight_of(kernels, format, data, n, k, scales, 0, multiple, needs_sums, sums);
   Destination result = destination({x.shape(0), n, extent[0], extent[1], extent[2]}, out);
-  Threads pool{threads};
+  afpq::Threads pool(threads);
   const afpq::Conv op{&kernels, &weight, rounding, bias_of(bias, n), low, high};
   const float* data_in = x.data();
   const size_t batch = x.shape(0);
   {
     nb::gil_scoped_release release;
-    conv(op, shape, data_in, batch, result.data, {Threads::run, &pool});
+    conv(op, shape, data_in, batch, result.data, pool.parallel());
   }
   return std::move(result.made);
 }
@@ -197,9 +179,9 @@ void run_gather(size_t threads, Indices indices, Bytes data, const std::string& 
   const AfpqKernels& kernels = table("scalar");
   const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, 0, 1, false);
   if (out.size() != indices.size() * k) throw std::invalid_argument("out does not fit the result");
-  Threads pool{threads};
+  afpq::Threads pool(threads);
   int64_t bad = 0;
-  if (!gather(weight, indices.data(), indices.size(), out.data(), {Threads::run, &pool}, &bad)) {
+  if (!gather(weight, indices.data(), indices.size(), out.data(), pool.parallel(), &bad)) {
     throw std::out_of_range("index " + std::to_string(bad) + " is not in the range " +
                             std::to_string(-static_cast<int64_t>(n)) + ".." +
                             std::to_string(n - 1));
@@ -212,8 +194,8 @@ std::optional<Result> run_unpack(Bytes data, const std::string& format, size_t n
   const afpq::PackedWeight weight =
       weight_of(kernels, format, data, n, k, scales, group_size, 1, false);
   Destination result = destination({n, k}, out);
-  Threads pool{1};
-  unpack(weight, result.data, {Threads::run, &pool});
+  afpq::Threads pool(1);
+  unpack(weight, result.data, pool.parallel());
   return std::move(result.made);
 }
 
