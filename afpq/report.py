@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,13 @@ _LIBRARIES = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime")
 class LayerFacts:
     """What the run knows about one stored tensor."""
 
-    predicted_loss: float | None = None
-    sqnr_db: float | None = None
+    predicted_loss: float | None = None  # what rounding it costs at the outputs, by the plan
+    measured_loss: float | None = None  # the same measured: this layer as packed, all others float
+    sqnr_db: float | None = None  # of its products, expected from calibration
+    weight_sqnr_db: float | None = None  # of its weights against the float model's
+    output_sqnr_db: float | None = None  # of its output in the packed network, measured
+    time_share: float | None = None
+    histogram: Mapping[str, Any] | None = None  # see `_examine.histogram`
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class RunFacts:
     correction: Mapping[str, Any] | None = None
     accuracy: Mapping[str, Any] | None = None
     goal: Mapping[str, Any] | None = None  # what --max-drop asked for and what it found
+    frontier: Iterable[Iterable[float]] = ()  # bits per weight and predicted loss of other budgets
+    speed: Mapping[str, Any] | None = None  # times in milliseconds, on this machine
+    measured: Mapping[str, Any] | None = None  # what measured losses of layers are, and of what data
+    not_measured: Mapping[str, str] = field(default_factory=dict)  # what is unknown, and why
     checks: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -92,6 +102,8 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
             "output_bytes": model.file_bytes,
             "quantizable_weights_before_bytes": float_bytes,
             "packed_weights_bytes": packed_bytes,
+            "codes_bytes": sum(int(t.packed.nbytes) for t in tensors),
+            "scales_bytes": sum(int(t.stored_scale.nbytes) for t in tensors),
             "float_tensors_bytes": sum(t.nbytes for t in model.floats),
             "num_packed_weights": num_weights,
             "bits_per_weight": 8 * packed_bytes / num_weights if num_weights else None,
@@ -101,6 +113,10 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
         "predicted_loss": facts.predicted_loss,
         "accuracy": facts.accuracy,
         "goal": facts.goal,
+        "frontier": [list(point) for point in facts.frontier],
+        "speed": facts.speed,
+        "measured_loss": facts.measured,
+        "not_measured": dict(facts.not_measured),
         "layers": _layers(model, facts),
         "left_float": [dict(entry) for entry in facts.left_float],
         "float_tensors": [asdict(t) for t in model.floats],
@@ -116,9 +132,11 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
 def environment() -> dict[str, Any]:
     """Versions of everything that took part, and the instruction set in use."""
     result: dict[str, Any] = {
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "afpq": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "cores": os.cpu_count(),
     }
     result |= {name: _version(name) for name in _LIBRARIES}
@@ -190,7 +208,8 @@ def _layers(model: PackedModel, facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
-    known = facts.layers.get(layer.name.removesuffix(".unpack"), LayerFacts())
+    by_name = facts.layers
+    known = by_name.get(layer.name) or by_name.get(layer.name.removesuffix(".unpack"), LayerFacts())
     return {
         "name": layer.name,
         "op": layer.op,
@@ -198,11 +217,11 @@ def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
         "bits": layer.format.bits,
         "kind": layer.kind,
         "granularity": layer.granularity,
+        "shape": [layer.n, layer.k],
         "num_weights": layer.num_weights,
         "bytes": layer.storage_bytes,
         "bits_per_weight": layer.bits_per_weight,
-        "predicted_loss": known.predicted_loss,
-        "sqnr_db": known.sqnr_db,
+        **asdict(known),
         "kernel": layer.kernel,
         "activations": layer.activations,
         "input_format": layer.input_format,
@@ -210,6 +229,16 @@ def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
         "remark": layer.remark,
         "shared_with": None if owner == layer.name else owner,
     }
+
+
+def _processor() -> str:
+    """The name of the processor, as well as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:
