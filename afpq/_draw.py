@@ -88,9 +88,7 @@ def _curve(
     return [
         _stroke([spot for _, spot in spots], colour, 1.5),
         _stroke(flat, colour, 4),
-        circle(
-            x(curve.best.exponent_bias), y(curve.best.score), 5, fill=colour, stroke="white"
-        ),
+        circle(x(curve.best.exponent_bias), y(curve.best.score), 5, fill=colour, stroke="white"),
     ]
 
 

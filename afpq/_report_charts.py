@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from afpq._report_numbers import bytes_text, number_text, percent_text
+from afpq._report_numbers import bytes_text, number_text
 from afpq._svg import (
     axis_ticks,
     circle,
@@ -44,7 +44,7 @@ Dot = tuple[str, float, float, float | None]  # name, x, y, half of y's interval
 def strip_chart(rows: Sequence[Row], classes: Sequence[str]) -> tuple[str, str]:
     """Bars for every layer, one row for each quantity: titles, and the plot whose columns carry `data-i`."""
     count = max(len(classes), 1)
-    step = min(max(1000 / count, 7.0), 44.0)
+    step = min(max(1010 / count, 7.0), 64.0)
     tall, gap = 54, 16
     width, height = math.ceil(count * step), len(rows) * (tall + gap) + 22
     titles, plot = [], []
@@ -61,14 +61,23 @@ def strip_chart(rows: Sequence[Row], classes: Sequence[str]) -> tuple[str, str]:
                 plot.append(rect(i * step + 0.5, bottom - h, step - 1, h, class_=fill))
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000) if n * step >= 26)
     for i in range(0, count, every):
-        plot.append(text((i + 0.5) * step, height - 4, str(i + 1), class_="s", text_anchor="middle"))
+        plot.append(
+            text((i + 0.5) * step, height - 4, str(i + 1), class_="s", text_anchor="middle")
+        )
     titles.append(text(92, height - 4, "layer", class_="s", text_anchor="end"))
     plot += [
         rect(i * step, 0, step, height - 18, class_="hit", data_i=str(i)) for i in range(count)
     ]
     return (
         svg(100, height, titles, label="what the rows are"),
-        svg(width, height, plot, label="bars for every layer; the table has the same numbers", class_="strip", tabindex="0"),
+        svg(
+            width,
+            height,
+            plot,
+            label="bars for every layer; the table has the same numbers",
+            class_="strip",
+            tabindex="0",
+        ),
     )
 
 
@@ -153,13 +162,17 @@ def drop_chart(goal: Mapping[str, Any]) -> str:
     )
     limit = frame.y(goal["max_drop"])
     body = [*frame.body, line(frame.left, limit, frame.right, limit, class_="limit")]
-    body.append(text(frame.right, limit - 5, f"limit {goal['max_drop']:g} %", class_="s", text_anchor="end"))
+    body.append(
+        text(frame.right, limit - 5, f"limit {goal['max_drop']:g} %", class_="s", text_anchor="end")
+    )
     for t in trials:
         tip = f"{t['bits_per_weight']:.3f} bits per weight\ndrop {number_text(t['percent'])} %"
         kind = "chosen" if t["met"] else "missed"
         spot = frame.x(t["bits_per_weight"]), frame.y(t["percent"])
         body.append(circle(*spot, 5, class_=kind, data_tip=tip))
-    return svg(frame.width, frame.height, body, label="measured drop over bits per weight", class_="plot")
+    return svg(
+        frame.width, frame.height, body, label="measured drop over bits per weight", class_="plot"
+    )
 
 
 def scatter_chart(dots: Sequence[Dot], x_title: str, y_title: str) -> str:
@@ -190,13 +203,19 @@ def interval_bar(value: float, low: float, high: float, limit: float | None = No
     """A number, the interval around it and zero, on one line."""
     ends = [value, low, high, 0.0] + ([] if limit is None else [limit])
     span = max(ends) - min(ends) or 1.0
-    x = linear(min(ends) - 0.06 * span, max(ends) + 0.06 * span, 0, 200)
-    body = [line(0, 9, 200, 9, class_="axis"), line(x(0), 2, x(0), 16, class_="zero")]
+    x = linear(min(ends) - 0.12 * span, max(ends) + 0.12 * span, 0, 220)
+    body = [line(0, 9, 220, 9, class_="axis"), line(x(0), 2, x(0), 16, class_="zero")]
     body.append(line(x(low), 9, x(high), 9, class_="interval"))
+    marks = [(low, number_text(low)), (high, f"{number_text(high)} %")]
     if limit is not None:
         body.append(line(x(limit), 1, x(limit), 17, class_="limit"))
+    if min(abs(x(0) - x(low)), abs(x(0) - x(high))) > 24:
+        marks.append((0.0, "0"))
     body.append(circle(x(value), 9, 4.5, class_="chosen"))
-    return svg(200, 18, body, label=f"{value:.3g}, interval {low:.3g} to {high:.3g}", class_="line")
+    body += [text(x(at), 28, label, class_="s", text_anchor="middle") for at, label in marks]
+    tip = f"lost: {number_text(value)} %, 95 %: {number_text(low)} to {number_text(high)} %"
+    tip += "" if limit is None else f", limit {limit:g} %"
+    return svg(220, 32, body, label=tip, class_="line", data_tip=tip)
 
 
 class _Frame:
@@ -236,7 +255,13 @@ class _Frame:
     def label(self, x: float, y: float, content: str) -> str:
         """A name beside a dot, on the side where there is room."""
         right = x < (self.left + self.right) / 2
-        return text(x + (11 if right else -11), y - 7, content, class_="t strong", text_anchor="start" if right else "end")
+        return text(
+            x + (11 if right else -11),
+            y - 7,
+            content,
+            class_="t strong",
+            text_anchor="start" if right else "end",
+        )
 
 
 def _measured(frame: _Frame, bits: float, measured: tuple[float, float], unit: str) -> list[str]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from afpq._drop import CONFIDENCE, Drop, drop_of
+from afpq._drop import Drop, drop_of, share_interval
 from afpq._report_charts import interval_bar
 from afpq._report_numbers import bytes_text, factor_text, ms_text, number_text, percent_text
 
@@ -59,15 +59,26 @@ def outputs_table(accuracy: Mapping[str, Any]) -> list[dict[str, str]]:
     for output in accuracy["outputs"]:
         for label, before, after, sure in _metrics(output):
             rows.append(
-                {"output": output["name"], "metric": label, "before": before, "after": after, "sure": sure}
+                {
+                    "output": output["name"],
+                    "metric": label,
+                    "before": before,
+                    "after": after,
+                    "sure": sure,
+                }
             )
     return rows
 
 
 def _metrics(output: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    def half(name: str, factor: float, unit: str) -> str:
+    def half(name: str, factor: float = 1.0) -> str:
         stderr = output.get(name)
-        return "" if stderr is None else f"\u00b1 {number_text(Z95 * factor * stderr)} {unit}"
+        return "" if stderr is None else f"\u00b1 {number_text(Z95 * factor * stderr)}"
+
+    def share_range(share: float) -> str:
+        rows = output["num_rows"]
+        low, high = share_interval(round(share * rows), rows)
+        return f"{low:.1f} to {high:.1f} %"
 
     def known(name: str) -> float | None:
         value = output.get(name)
@@ -76,24 +87,24 @@ def _metrics(output: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rows: list[tuple[str, str, str, str]] = []
     top1, reference = known("top1"), known("top1_reference")
     if top1 is not None and reference is not None:
-        sure = half("top1_stderr", 100, "points")
-        rows.append(("top-1 accuracy", percent_text(reference), percent_text(top1), sure))
+        rows.append(
+            ("top-1 accuracy", percent_text(reference), percent_text(top1), share_range(top1))
+        )
         lost, gained = output["top1_lost"], output["top1_gained"]
-        rows.append(("right before, wrong now; and the other way", "", f"{lost}; {gained}", "samples"))
+        rows.append(("right in one only", f"{lost} samples", f"{gained} samples", ""))
     top5, reference = known("top5"), known("top5_reference")
     if top5 is not None and reference is not None:
         rows.append(("top-5 accuracy", percent_text(reference), percent_text(top5), ""))
     value = known("agreement")
     if value is not None:
-        sure = half("agreement_stderr", 100, "points")
-        rows.append(("same first class", "", percent_text(value), sure))
+        rows.append(("same answer", "", percent_text(value), share_range(value)))
     value = known("kl")
     if value is not None:
-        sure = half("kl_stderr", 1, "nats")
+        sure = half("kl_stderr")
         rows.append(("KL divergence from float", "", f"{number_text(value)} nats", sure))
     value = known("relative_error")
     if value is not None:
-        sure = half("relative_error_stderr", 100, "points")
+        sure = half("relative_error_stderr", 100)
         rows.append(("error energy", "", f"{number_text(100 * value)} %", sure))
     value, worst = known("cosine"), known("cosine_min")
     if value is not None:
@@ -107,7 +118,9 @@ def _metrics(output: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _tile(label: str, value: str, change: str = "", detail: str = "", picture: str = "") -> dict[str, str]:
+def _tile(
+    label: str, value: str, change: str = "", detail: str = "", picture: str = ""
+) -> dict[str, str]:
     return {"label": label, "value": value, "change": change, "detail": detail, "picture": picture}
 
 
@@ -130,12 +143,14 @@ def _accuracy(report: Mapping[str, Any]) -> dict[str, str]:
     if drop.metric == "top1":
         value = f"{percent_text(output['top1_reference'])} \u2192 {percent_text(output['top1'])}"
         half = (drop.high - drop.low) / 2
-        change = f"{-drop.percent:+.2f} \u00b1 {half:.2f} points"
+        change = f"{0.0 - drop.percent:+.2f} \u00b1 {half:.2f} points"
         return _tile("Top-1 accuracy", value, change.translate(_SIGN), detail, picture)
     if drop.metric == "agreement":
         low, top = 100 - drop.high, 100 - drop.low
-        change = f"{CONFIDENCE:.0%}: {low:.1f} to {top:.1f} %"
-        return _tile("Same answer as float", percent_text(output["agreement"]), change, detail, picture)
+        change = f"95 %: {low:.1f} to {top:.1f} %"
+        return _tile(
+            "Same answer as float", percent_text(output["agreement"]), change, detail, picture
+        )
     sqnr = output["sqnr_db"]
     value = "equal" if sqnr is None else f"{sqnr:.1f} dB SQNR"
     return _tile("Outputs against float", value, _error_text(drop), detail, picture)
@@ -149,12 +164,14 @@ def _error_text(drop: Drop) -> str:
 
 def _size(report: Mapping[str, Any]) -> dict[str, str]:
     size = report["size"]
-    before, after, what = size["source_bytes"], size["output_bytes"], "file"
+    before, after, what = size["source_bytes"], size["output_bytes"], "the whole file"
     if before is None:
         before, after = size["quantizable_weights_before_bytes"], size["packed_weights_bytes"]
         what = "packed weights alone; the float file is not known"
     smaller = before / max(after, 1)
-    value = f"{factor_text(smaller)} smaller" if smaller >= 1 else f"{factor_text(1 / smaller)} LARGER"
+    value = (
+        f"{factor_text(smaller)} smaller" if smaller >= 1 else f"{factor_text(1 / smaller)} LARGER"
+    )
     return _tile("Size", value, f"{bytes_text(before)} \u2192 {bytes_text(after)}", what)
 
 
@@ -166,7 +183,8 @@ def _speed(report: Mapping[str, Any]) -> dict[str, str]:
     environment = report["environment"]
     cores = speed["threads"]
     threads = f"{cores} thread{'' if cores == 1 else 's'}"
-    detail = f"{environment['processor']}, {environment['isa']}, {threads}, {speed['rounds']} interleaved runs, input {speed['inputs']}"
+    runs = f"{speed['rounds']} interleaved runs, input {speed['inputs']}"
+    detail = f"{environment['processor']}, {environment['isa']}, {threads}, {runs}"
     if speed["reference"] is None:
         change = f"10\u201390 %: {ms_text(now['p10_ms'])} to {ms_text(now['p90_ms'])}"
         return _tile("Speed on this machine", ms_text(now["median_ms"]), change, detail)
@@ -175,7 +193,8 @@ def _speed(report: Mapping[str, Any]) -> dict[str, str]:
     ends = [ratio[k] if slower else 1 / ratio[k] for k in ("median", "p10", "p90")]
     low, high = sorted(ends[1:])
     value = f"{factor_text(ends[0])} {'slower' if slower else 'faster'}"
-    change = f"{ms_text(speed['reference']['median_ms'])} \u2192 {ms_text(now['median_ms'])}, 10\u201390 %: {factor_text(low)} to {factor_text(high)}"
+    times = f"{ms_text(speed['reference']['median_ms'])} \u2192 {ms_text(now['median_ms'])}"
+    change = f"{times}, 10\u201390 %: {factor_text(low)} to {factor_text(high)}"
     return _tile("Speed on this machine", value, change, detail)
 
 
@@ -193,21 +212,35 @@ def _accuracy_remarks(
     report: Mapping[str, Any], accuracy: Mapping[str, Any] | None
 ) -> list[tuple[str, str]]:
     if accuracy is None:
-        known = "" if report["objective"] != "weight_error" else ": formats follow from weight error alone"
-        return [("bad", f"Accuracy was not measured{known}. Check it with afpq compare before use.")]
+        known = (
+            ""
+            if report["objective"] != "weight_error"
+            else ": formats follow from weight error alone"
+        )
+        return [
+            ("bad", f"Accuracy was not measured{known}. Check it with afpq compare before use.")
+        ]
     found = []
     drop = drop_of(accuracy["outputs"])
     if drop is not None and drop.num_rows < _FEW_ROWS:
-        unit = {"top1": "points of top-1", "agreement": "% of answers", "error": "% of energy"}[drop.metric]
+        unit = {"top1": "points of top-1", "agreement": "% of answers", "error": "% of energy"}[
+            drop.metric
+        ]
         most = "any drop" if drop.high == float("inf") else f"a drop of {drop.high:.2g} {unit}"
         found.append(
-            ("warn", f"Only {drop.num_rows} rows judged it: they cannot exclude {most}. afpq compare on more samples can.")
+            (
+                "warn",
+                f"Only {drop.num_rows} rows judged it: they cannot exclude {most}. afpq compare on more samples can.",
+            )
         )
     kl = next((o["kl"] for o in accuracy["outputs"] if o["kl"] is not None), None)
     predicted = report["predicted_loss"]
     if report["objective"] == "kl" and kl and predicted and kl > _FAR_OFF * predicted:
         found.append(
-            ("warn", f"The loss is {factor_text(kl / predicted)} what the plan predicted: the frontier is optimistic.")
+            (
+                "warn",
+                f"The loss is {factor_text(kl / predicted)} what the plan predicted: the frontier is optimistic.",
+            )
         )
     return found
 
@@ -218,26 +251,41 @@ def _layer_remarks(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     speed = report["speed"]
     if speed is not None and speed["ratio"] is not None and speed["ratio"]["p10"] > 1:
         found.append(
-            ("warn", f"Slower than float here, in nine of ten runs: {factor_text(speed['ratio']['median'])} the time.")
+            (
+                "warn",
+                f"Slower than float here, in nine of ten runs: {factor_text(speed['ratio']['median'])} the time.",
+            )
         )
     slow = [e for e in layers if e["remark"]]
     if slow:
         shares = [e["time_share"] for e in slow if e["time_share"] is not None]
         taken = f", {percent_text(sum(shares))} of the time" if shares else ""
-        found.append(("info", f"{len(slow)} of {len(layers)} layers run off the integer path{taken}."))
+        found.append(
+            ("info", f"{len(slow)} of {len(layers)} layers run off the integer path{taken}.")
+        )
     stay = sum(t["nbytes"] for t in report["float_tensors"])
     if stay:
         share = stay / max(report["size"]["output_bytes"], 1)
         found.append(
-            ("info", f"{len(report['float_tensors'])} float constants stay: {bytes_text(stay)}, {percent_text(share)} of the file.")
+            (
+                "info",
+                f"{len(report['float_tensors'])} float constants stay: {bytes_text(stay)}, "
+                f"{percent_text(share)} of the file.",
+            )
         )
     if report["left_float"]:
-        found.append(("info", f"{len(report['left_float'])} weights were left float; the reasons are below."))
+        found.append(
+            ("info", f"{len(report['left_float'])} weights were left float; the reasons are below.")
+        )
     losses = [(e["predicted_loss"] or 0.0, e["name"]) for e in layers if not e["shared_with"]]
     total = sum(loss for loss, _ in losses)
     if len(losses) > 2 and total and max(losses)[0] > _LARGE_SHARE * total:
         loss, name = max(losses)
         found.append(
-            ("info", f"{name} alone makes {percent_text(loss / total)} of the predicted loss: a wider format there helps most.")
+            (
+                "info",
+                f"{name} alone makes {percent_text(loss / total)} of the predicted loss: a wider format there "
+                "helps most.",
+            )
         )
     return found

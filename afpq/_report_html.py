@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 
 from afpq._report_charts import Dot, drop_chart, frontier_chart, scatter_chart
 from afpq._report_headline import Z95, headline, objective_unit, outputs_table, remarks
@@ -56,12 +55,11 @@ def _template() -> Template:
 
 def _model(report: Mapping[str, Any], number: int) -> dict[str, Any]:
     """What the template shows of one model."""
-    tiles = [{**tile, "picture": Markup(tile["picture"])} for tile in headline(report)]
     return {
         "id": f"m{number}",
         "title": Path(report["output"]["path"]).name,
         "report": report,
-        "tiles": tiles,
+        "tiles": headline(report),
         "remarks": remarks(report),
         "outputs": [] if report["accuracy"] is None else outputs_table(report["accuracy"]),
         "sizes": _sizes(report["size"]),
@@ -69,7 +67,8 @@ def _model(report: Mapping[str, Any], number: int) -> dict[str, Any]:
         "table": layer_table(report),
         "cards": histograms(report),
         "frontier": _frontier(report),
-        "trials": None if report["goal"] is None else Markup(drop_chart(report["goal"])),
+        "measured": _measured(report) is not None,
+        "trials": None if report["goal"] is None else drop_chart(report["goal"]),
         "slow": [e for e in report["layers"] if e["remark"]],
         "floats": sorted(report["float_tensors"], key=lambda t: (-t["nbytes"], t["name"])),
         "gains": _gains(report["correction"]),
@@ -107,20 +106,23 @@ def _sizes(size: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _frontier(report: Mapping[str, Any]) -> Markup | None:
+def _frontier(report: Mapping[str, Any]) -> str | None:
     points, size = report["frontier"], report["size"]
     if len(points) < 2 or size["bits_per_weight"] is None:
         return None
     chosen = None
     if report["predicted_loss"]:
         chosen = size["bits_per_weight"], report["predicted_loss"]
-    measured = None
-    if report["accuracy"] is not None and report["objective"] == "kl":
-        output = next((o for o in report["accuracy"]["outputs"] if o["kl"] is not None), None)
-        if output is not None:
-            measured = output["kl"], Z95 * (output["kl_stderr"] or 0.0)
     unit = objective_unit(report["objective"])
-    return Markup(frontier_chart(points, chosen, measured, unit, size["num_packed_weights"]))
+    return frontier_chart(points, chosen, _measured(report), unit, size["num_packed_weights"])
+
+
+def _measured(report: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The loss that was measured in the unit of the prediction, and half of its interval."""
+    if report["accuracy"] is None or report["objective"] != "kl":
+        return None
+    output = next((o for o in report["accuracy"]["outputs"] if o["kl"] is not None), None)
+    return None if output is None else (output["kl"], Z95 * (output["kl_stderr"] or 0.0))
 
 
 def _gains(correction: Mapping[str, Any] | None) -> list[str]:
@@ -147,14 +149,20 @@ def _comparison(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for number, report in enumerate(reports):
         for row in [] if report["accuracy"] is None else outputs_table(report["accuracy"]):
             cells = metrics.setdefault((row["output"], row["metric"]), [""] * len(reports))
-            cells[number] = f"{row['after']} {row['sure']}".strip()
+            sure = row["sure"] if row["sure"][:1] in ("\u00b1", "") else f"({row['sure']})"
+            cells[number] = f"{row['after']} {sure}".strip()
     several = len({output for output, _ in metrics}) > 1
-    rows += [(f"{output}: {metric}" if several else metric, c) for (output, metric), c in metrics.items()]
+    rows += [
+        (f"{output}: {metric}" if several else metric, c) for (output, metric), c in metrics.items()
+    ]
     rows.append(("time for one run", [_time(r["speed"]) for r in reports]))
     rows.append(("time over float", [_ratio(r["speed"]) for r in reports]))
     rows.append(("formats", [_formats(r) for r in reports]))
     rows.append(
-        ("layers off the integer path", [str(sum(bool(e["remark"]) for e in r["layers"])) for r in reports])
+        (
+            "layers off the integer path",
+            [str(sum(bool(e["remark"]) for e in r["layers"])) for r in reports],
+        )
     )
     return {
         "rows": [row for row in rows if any(row[1])],
@@ -163,7 +171,7 @@ def _comparison(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _scatter(reports: Sequence[Mapping[str, Any]]) -> Markup | None:
+def _scatter(reports: Sequence[Mapping[str, Any]]) -> str | None:
     for key, title, scale in (
         ("kl", "KL, nats", 1.0),
         ("relative_error", "error energy, %", 100.0),
@@ -178,7 +186,7 @@ def _scatter(reports: Sequence[Mapping[str, Any]]) -> Markup | None:
                 size = report["size"]["output_bytes"] / 1e6
                 dots.append((Path(report["output"]["path"]).stem, size, scale * output[key], half))
         if len(dots) > 1:
-            return Markup(scatter_chart(dots, "file, MB", title))
+            return scatter_chart(dots, "file, MB", title)
     return None
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
 
 from afpq._report_charts import Row, histogram_chart, strip_chart
 from afpq._report_headline import objective_unit
@@ -27,7 +26,7 @@ KERNELS = {
 Layer = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Column:
     """One column: its value decides the order, its text is shown, `share` draws a bar behind it."""
 
@@ -44,9 +43,7 @@ def layer_table(report: Mapping[str, Any]) -> dict[str, Any]:
     """Columns that have something to show, and a row of cells for every layer."""
     layers = report["layers"]
     columns = [c for c in _columns(report) if any(c.value(e) not in (None, "") for e in layers)]
-    largest = {
-        c.title: max((c.value(e) or 0 for e in layers), default=0) or 1 for c in columns if c.bar
-    }
+    largest = {c: max((c.value(e) or 0 for e in layers), default=0) or 1 for c in columns if c.bar}
     rows = [
         {
             "name": e["name"],
@@ -54,8 +51,9 @@ def layer_table(report: Mapping[str, Any]) -> dict[str, Any]:
                 {
                     "text": c.show(e),
                     "sort": c.value(e),
-                    "bar": round((c.value(e) or 0) / largest[c.title], 3) if c.bar else None,
-                    "kind": f"{c.kind}{e['bits']}" if c.kind == "b" else c.kind,
+                    "bar": round((c.value(e) or 0) / largest[c], 3) if c.bar else None,
+                    "kind": c.kind,
+                    "bits": e["bits"],
                 }
                 for c in columns
             ],
@@ -80,18 +78,40 @@ def _columns(report: Mapping[str, Any]) -> list[_Column]:
     def size(e: Layer) -> str:
         return "shared" if e["shared_with"] else f"{e['bytes']:,}"
 
+    def shape(e: Layer) -> str:
+        return " \u00d7 ".join(map(str, e["shape"]))
+
     return [
         _Column("layer", "", field("name"), field("name"), False, kind="name"),
         _Column("op", "", field("op"), field("op"), False),
-        _Column("format", "", lambda e: e["bits"] + len(e["format"]) / 100, field("format"), kind="b"),
-        _Column("weights", "n \u00d7 k", field("num_weights"), lambda e: " \u00d7 ".join(map(str, e["shape"]))),
+        _Column(
+            "format",
+            "bits",
+            lambda e: e["bits"] + len(e["format"]) / 100,
+            field("format"),
+            kind="b",
+        ),
+        _Column("weights", "n \u00d7 k", field("num_weights"), shape),
         _Column("size", "bytes", lambda e: 0 if e["shared_with"] else e["bytes"], size, bar=True),
-        _Column("density", "bits/weight", field("bits_per_weight"), lambda e: f"{e['bits_per_weight']:.2f}"),
-        _Column("predicted loss", unit, field("predicted_loss"), number("predicted_loss"), bar=True),
-        _Column("measured loss", measured_unit, field("measured_loss"), number("measured_loss"), bar=True),
-        _Column("SQNR expected", "dB", field("sqnr_db"), number("sqnr_db", _decibel)),
-        _Column("SQNR weights", "dB", field("weight_sqnr_db"), number("weight_sqnr_db", _decibel)),
-        _Column("SQNR output", "dB", field("output_sqnr_db"), number("output_sqnr_db", _decibel)),
+        _Column(
+            "density",
+            "bits/weight",
+            field("bits_per_weight"),
+            lambda e: f"{e['bits_per_weight']:.2f}",
+        ),
+        _Column(
+            "predicted loss", unit, field("predicted_loss"), number("predicted_loss"), bar=True
+        ),
+        _Column(
+            "measured loss",
+            measured_unit,
+            field("measured_loss"),
+            number("measured_loss"),
+            bar=True,
+        ),
+        _Column("SQNR", "expected, dB", field("sqnr_db"), number("sqnr_db", _decibel)),
+        _Column("SQNR", "weights, dB", field("weight_sqnr_db"), number("weight_sqnr_db", _decibel)),
+        _Column("SQNR", "output, dB", field("output_sqnr_db"), number("output_sqnr_db", _decibel)),
         _Column("time", "share", field("time_share"), number("time_share", percent_text), bar=True),
         _Column("kernel", "class", field("kernel"), field("kernel"), False),
         _Column("input", "format", field("input_format"), field("input_format"), False),
@@ -124,7 +144,7 @@ def strip(report: Mapping[str, Any]) -> dict[str, Any]:
     titles, plot = strip_chart(rows, [f"k-{e['kernel']}" for e in layers])
     used = {e["kernel"] for e in layers}
     legend = [(name, text) for name, text in KERNELS.items() if name in used]
-    return {"titles": Markup(titles), "plot": Markup(plot), "legend": legend}
+    return {"titles": titles, "plot": plot, "legend": legend}
 
 
 def histograms(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -145,7 +165,7 @@ def histograms(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "index": number,
                 "name": layer["name"],
                 "text": ", ".join(parts),
-                "picture": Markup(histogram_chart(fmt, found)),
+                "picture": histogram_chart(fmt, found),
             }
         )
     return cards

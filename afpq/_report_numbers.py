@@ -4,7 +4,9 @@ import math
 
 __all__ = ["bytes_text", "factor_text", "ms_text", "number_text", "percent_text"]
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+_SUPERSCRIPT = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 
 
 def number_text(value: float, digits: int = 3) -> str:
@@ -25,7 +27,11 @@ def bytes_text(size: int) -> str:
     """`13.97 MB`; powers of 1000."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
-            return f"{size / factor:.2f} {unit}" if size < 100 * factor else f"{size / factor:.1f} {unit}"
+            return (
+                f"{size / factor:.2f} {unit}"
+                if size < 100 * factor
+                else f"{size / factor:.1f} {unit}"
+            )
     return f"{size} bytes"
 
 

@@ -34,7 +34,7 @@ Attribute = str | float | None
 Scale = Callable[[float], float]
 
 
-def element(tag: str, content: str = "", **attributes: Attribute) -> str:
+def element(tag: str, content: str = "", /, **attributes: Attribute) -> str:
     """One element; `content` is SVG, already escaped."""
     fields = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{_value(value)}"'

@@ -1,4 +1,4 @@
-"""The report of a packed model: one dictionary, written as JSON or as Markdown.
+"""The report of a packed model: one dictionary, written as a page, as Markdown or as JSON.
 
 `build_report` collects what the file itself tells (sizes, formats, kernels, what stayed float); `RunFacts` adds what
 only the run that wrote it knows (source, plan, calibration, accuracy, command). Nothing is measured here.
@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from afpq import __version__
+from afpq._report_html import render_html
 from afpq._report_text import describe_gain, render_markdown
 from afpq.errors import AfpqError
 from afpq.packed import PackedLayer, PackedModel
@@ -31,12 +33,13 @@ __all__ = [
     "environment",
     "file_facts",
     "layer_facts",
+    "render_html",
     "render_markdown",
     "write_report",
     "write_text",
 ]
 
-SUFFIXES = (".md", ".json")
+SUFFIXES = (".html", ".md", ".json")
 SCHEMA = 1
 
 _LIBRARIES = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime")
@@ -73,7 +76,9 @@ class RunFacts:
     goal: Mapping[str, Any] | None = None  # what --max-drop asked for and what it found
     frontier: Iterable[Iterable[float]] = ()  # bits per weight and predicted loss of other budgets
     speed: Mapping[str, Any] | None = None  # times in milliseconds, on this machine
-    measured: Mapping[str, Any] | None = None  # what measured losses of layers are, and of what data
+    measured: Mapping[str, Any] | None = (
+        None  # what measured losses of layers are, and of what data
+    )
     not_measured: Mapping[str, str] = field(default_factory=dict)  # what is unknown, and why
     checks: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -166,7 +171,9 @@ def layer_facts(
     """What a plan predicts of every layer, with the SQNR of its weight (by weight_name) where that is known."""
     sqnr_db = {} if sqnr_db is None else sqnr_db
     return {
-        name: LayerFacts(entry.predicted_loss, sqnr_db.get(entry.weight_name))
+        name: LayerFacts(
+            predicted_loss=entry.predicted_loss, sqnr_db=sqnr_db.get(entry.weight_name)
+        )
         for entry in entries
         for name in entry.layers
     }
@@ -177,8 +184,8 @@ def accuracy_facts(comparison: Mapping[str, Any], data: str) -> dict[str, Any]:
     return {"data": data, **comparison}
 
 
-def write_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Writes Markdown (.md) or JSON (.json), whole or not at all.
+def write_report(report: Mapping[str, Any] | Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes one report or several as a page (.html), Markdown (.md) or JSON (.json), whole or not at all.
 
     Raises:
         AfpqError: the suffix is not one of `SUFFIXES`.
@@ -186,10 +193,21 @@ def write_report(report: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise AfpqError(f"report {path}: its suffix must be one of {', '.join(SUFFIXES)}")
-    if path.suffix == ".json":
-        write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    reports = [report] if isinstance(report, Mapping) else list(report)
+    if path.suffix == ".html":
+        write_text(path, render_html(reports))
+    elif path.suffix == ".json":
+        write_text(path, _json(reports))
     else:
-        write_text(path, render_markdown(report))
+        write_text(path, "\n".join(render_markdown(r) for r in reports))
+
+
+def _json(reports: Sequence[Mapping[str, Any]]) -> str:
+    """One report as it is, several as `reports`; lists of numbers on one line."""
+    content = reports[0] if len(reports) == 1 else {"schema": SCHEMA, "reports": reports}
+    text = json.dumps(content, indent=2, allow_nan=False)
+    # A text in JSON holds no line break, so this changes nothing but space.
+    return re.sub(r"\[\n[^\[\]{}\"]+\]", lambda m: f"[{' '.join(m[0][1:-1].split())}]", text) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

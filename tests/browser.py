@@ -7,6 +7,7 @@ kept.
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--remote-debugging-pipe",
 )  # fmt: skip
 TIMEOUT_S = 60
+_TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 def find_browser() -> str | None:
@@ -78,7 +81,9 @@ class Browser:
                 assert "error" not in reply, f"{method}: {reply['error']}"
                 return dict(reply["result"])
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> float:
+    def open(
+        self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False
+    ) -> float:
         """Shows a file; returns the seconds until it was loaded and drawn."""
         mobile = width < 600
         self.send(
@@ -88,14 +93,18 @@ class Browser:
             deviceScaleFactor=2 if mobile else 1,
             mobile=mobile,
         )
-        theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.send("Emulation.setEmulatedMedia", features=theme)
+        wishes = {
+            "prefers-color-scheme": "dark" if dark else "light",
+            "prefers-reduced-motion": "reduce",  # scrolling is over at once
+        }
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        self.send("Emulation.setEmulatedMedia", media="", features=features)
         self._loaded = False
         start = time.perf_counter()
         self.send("Page.navigate", url=path.resolve().as_uri())
         while not self._loaded:
             self._receive()
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.run(_TWO_FRAMES)
         return time.perf_counter() - start
 
     def run(self, expression: str) -> Any:
@@ -117,11 +126,12 @@ class Browser:
     def point(self, selector: str) -> None:
         """Moves the mouse to the middle of an element."""
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         # A page that has just scrolled hides its details on the next frame.
-        self.run("new Promise(done => setTimeout(done, 300))")
+        self.run(_TWO_FRAMES)
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def picture(self, path: Path, *, whole: bool = True) -> None:
@@ -136,6 +146,8 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], TIMEOUT_S)
+            assert ready, f"the browser said nothing for {TIMEOUT_S} s"
             part = os.read(self._read, 1 << 20)
             assert part, f"the browser ended, exit code {self.process.poll()}"
             self._buffer += part
