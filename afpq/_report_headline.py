@@ -143,8 +143,9 @@ def _accuracy(report: Mapping[str, Any]) -> dict[str, str]:
     if drop.metric == "top1":
         value = f"{percent_text(output['top1_reference'])} \u2192 {percent_text(output['top1'])}"
         half = (drop.high - drop.low) / 2
-        change = f"{0.0 - drop.percent:+.2f} \u00b1 {half:.2f} points"
-        return _tile("Top-1 accuracy", value, change.translate(_SIGN), detail, picture)
+        moved = f"{-drop.percent:+.2f}".translate(_SIGN) if drop.percent else "0.00"
+        change = f"{moved} \u00b1 {number_text(half)} points"
+        return _tile("Top-1 accuracy", value, change, detail, picture)
     if drop.metric == "agreement":
         low, top = 100 - drop.high, 100 - drop.low
         change = f"95 %: {low:.1f} to {top:.1f} %"
@@ -269,13 +270,16 @@ def _layer_remarks(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             (
                 "info",
-                f"{len(report['float_tensors'])} float constants stay: {bytes_text(stay)}, "
+                f"{_count(len(report['float_tensors']), 'float constant')} left: {bytes_text(stay)}, "
                 f"{percent_text(share)} of the file.",
             )
         )
     if report["left_float"]:
         found.append(
-            ("info", f"{len(report['left_float'])} weights were left float; the reasons are below.")
+            (
+                "info",
+                f"{_count(len(report['left_float']), 'weight')} left float; the reasons are below.",
+            )
         )
     losses = [(e["predicted_loss"] or 0.0, e["name"]) for e in layers if not e["shared_with"]]
     total = sum(loss for loss, _ in losses)
@@ -289,3 +293,7 @@ def _layer_remarks(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

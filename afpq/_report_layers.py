@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 from afpq._report_charts import Row, histogram_chart, strip_chart
 from afpq._report_headline import objective_unit
 from afpq._report_numbers import number_text, percent_text

@@ -153,4 +153,5 @@ all(".copy").forEach((button) => {
   });
 });
 addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
-addEventListener("scroll", hideTip, { passive: true });
+addEventListener("wheel", hideTip, { passive: true });
+addEventListener("touchmove", hideTip, { passive: true });
