@@ -5,7 +5,8 @@ left out, and `RunFacts.not_measured` says why.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,20 +72,19 @@ def examine(
             "shape in the float model"
         )
     _add_weights(packed, floats, found)
-    measured = None
+    measured = speed = None
     if reference is not None and reference.data is not None:
         data = reference.data.take(MAX_SAMPLES)
-        _add_output_sqnr(packed, reference.model, data, threads, found)
+        with _reason(missing, "SQNR of outputs of layers"):
+            _add_output_sqnr(packed, reference.model, data, threads, found)
         if floats:
-            measured = _add_losses(
-                packed, reference, data, floats, facts.objective, threads, found, progress
-            )
-    speed = None
+            with _reason(missing, "loss of single layers"):
+                measured = _add_losses(
+                    packed, reference, data, floats, facts.objective, threads, found, progress
+                )
     if timed:
-        try:
+        with _reason(missing, "speed"):
             speed = _speed(packed.path, reference, feeds, threads, found, progress)
-        except AfpqError as error:
-            missing["speed"] = str(error)
     layers = {
         name: replace(facts.layers.get(_float_name(name), LayerFacts()), **fields)
         for name, fields in found.items()
@@ -112,6 +112,15 @@ def histogram(layer: PackedLayer, weight: npt.NDArray[np.float32] | None = None)
         bins = np.histogram(np.clip(scaled, -limit, limit), BINS, (-limit, limit))[0]
         result["float"] = bins.tolist()
     return result
+
+
+@contextmanager
+def _reason(missing: dict[str, str], what: str) -> Iterator[None]:
+    """A part of the report that fails is left out, with the reason; the model itself is written and checked."""
+    try:
+        yield
+    except AfpqError as error:
+        missing[what] = str(error)
 
 
 def _floats(packed: PackedModel, model: Model) -> dict[str, Layer]:

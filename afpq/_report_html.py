@@ -26,7 +26,8 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 def render_html(reports: Sequence[Mapping[str, Any]]) -> str:
     """The page of one report, or of several side by side."""
-    models = [_model(report, number) for number, report in enumerate(reports)]
+    titles = _titles(reports)
+    models = [_model(r, titles[number], number) for number, r in enumerate(reports)]
     return _template().render(
         models=models,
         title=" and ".join(m["title"] for m in models),
@@ -53,11 +54,18 @@ def _template() -> Template:
     return environment.get_template("report.html")
 
 
-def _model(report: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _titles(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """File names, or paths where two names are equal."""
+    paths = [report["output"]["path"] for report in reports]
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
+
+
+def _model(report: Mapping[str, Any], title: str, number: int) -> dict[str, Any]:
     """What the template shows of one model."""
     return {
         "id": f"m{number}",
-        "title": Path(report["output"]["path"]).name,
+        "title": title,
         "report": report,
         "tiles": headline(report),
         "remarks": remarks(report),
@@ -172,21 +180,21 @@ def _comparison(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _scatter(reports: Sequence[Mapping[str, Any]]) -> str | None:
-    for key, title, scale in (
+    for key, axis, scale in (
         ("kl", "KL, nats", 1.0),
         ("relative_error", "error energy, %", 100.0),
     ):
         dots: list[Dot] = []
-        for report in reports:
+        for report, title in zip(reports, _titles(reports), strict=True):
             outputs = [] if report["accuracy"] is None else report["accuracy"]["outputs"]
             output = next((o for o in outputs if o[key] is not None), None)
             if output is not None:
                 stderr = output[f"{key}_stderr"]
                 half = None if stderr is None else Z95 * scale * stderr
                 size = report["size"]["output_bytes"] / 1e6
-                dots.append((Path(report["output"]["path"]).stem, size, scale * output[key], half))
+                dots.append((title, size, scale * output[key], half))
         if len(dots) > 1:
-            return scatter_chart(dots, "file, MB", title)
+            return scatter_chart(dots, "file, MB", axis)
     return None
 
 

@@ -63,6 +63,7 @@ class QuantizedModel:
     plan: Plan | None
     facts: RunFacts
     path: Path | None = None  # where it lies on disk, once saved or loaded
+    probe: Feeds | None = field(default=None, repr=False)  # one input, to run a saved file once
     job: Job | None = field(default=None, repr=False)  # what it was made from; None after `load`
 
     def save(self, path: str | Path) -> int:
@@ -78,7 +79,7 @@ class QuantizedModel:
             raise ModelError(f"{path}: cannot be written: {error.strerror}") from error
         try:
             size = save(self.packed, folder / path.name)
-            checks = try_file(folder / path.name, self._probe)
+            checks = try_file(folder / path.name, self.probe)
             # External data first: the model's own file is what makes the result valid.
             for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
                 os.replace(file, path.parent / file.name)
@@ -112,12 +113,6 @@ class QuantizedModel:
             return session(self.path, threads=threads)
         return session_of(self.packed, threads)
 
-    @property
-    def _probe(self) -> Feeds | None:
-        """One input, to run a saved file once."""
-        fit = None if self.job is None else self.job.fit
-        return None if fit is None else next(fit.batches(1))
-
     def _described(self) -> PackedModel:
         if self.path is None:
             raise ModelError("save the model before its report: the report measures the file")
@@ -132,7 +127,7 @@ class QuantizedModel:
             self._described(),
             self.facts,
             reference=reference,
-            feeds=self._probe,
+            feeds=self.probe,
             threads=0 if job is None else job.threads,
             progress=progress,
         )
@@ -256,7 +251,7 @@ def build(
     packed, facts = build_graph(job, plan, stats, progress)
     if job.equalize and stats is not None:
         packed, plan, facts = _equalized(job, plan, stats, (packed, facts), progress)
-    return QuantizedModel(packed, plan, facts, job=job)
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job), job=job)
 
 
 def reach_goal(
@@ -274,7 +269,11 @@ def reach_goal(
         assert job.fit is not None
         stats = calibrate(job.model, job.fit, threads=job.threads, progress=progress)
     plan, packed, facts = smallest_model(job, stats, progress)
-    return QuantizedModel(packed, plan, facts, job=job)
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job), job=job)
+
+
+def _first_input(job: Job) -> Feeds | None:
+    return None if job.fit is None else next(job.fit.batches(1))
 
 
 def _equalized(

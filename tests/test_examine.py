@@ -10,6 +10,7 @@ import pytest
 import afpq
 from afpq._examine import BINS, Reference, examine, histogram
 from afpq.data import open_data
+from afpq.errors import ModelError
 from afpq.formats import codebook
 from afpq.graph import load_model
 from afpq.packed import PackedLayer, read_packed, weight_values
@@ -111,3 +112,21 @@ def test_speed_is_left_out_with_the_reason_where_inputs_cannot_be_made_up(tmp_pa
 
     assert facts.speed is None
     assert "cannot run the model on this input" in facts.not_measured["speed"]
+
+
+def test_what_fails_is_left_out_with_the_reason(
+    packed_lenet: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModelError("too large")
+
+    monkeypatch.setattr("afpq._examine.compare", fail)
+    model = load_model(models / "lenet5_digits.onnx")
+    data = open_data(models / "digits_evaluation.npz", model.inputs, limit=8)
+
+    facts = examine(
+        read_packed(packed_lenet), RunFacts(), reference=Reference(model, data), timed=False
+    )
+
+    assert facts.not_measured == {"SQNR of outputs of layers": "too large"}
+    assert facts.layers["/9/Gemm"].measured_loss is not None

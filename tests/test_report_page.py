@@ -180,6 +180,15 @@ def test_models_stand_side_by_side(report: dict[str, Any], bare: dict[str, Any])
     assert ">float</td>" in row and "chip" in row  # float in the first model, packed in the second
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(bare: dict[str, Any]) -> None:
+    pair = [{**bare, "output": {**bare["output"], "path": f"{d}/m.onnx"}} for d in ("a", "b")]
+
+    source = render_html(pair)
+
+    assert "<h2>a/m.onnx</h2>" in source and "<h2>b/m.onnx</h2>" in source
+    assert "<h1>m.onnx</h1>" in render_html(pair[:1])
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
