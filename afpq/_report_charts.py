@@ -37,7 +37,7 @@ __all__ = [
     "strip_chart",
 ]
 
-Row = tuple[str, str, list[float | None], str]  # title, text of its maximum, values, class
+Row = tuple[str, str, list[float | None], float, str]  # title, note, values, top of scale, class
 Dot = tuple[str, float, float, float | None]  # name, x, y, half of y's interval
 
 
@@ -48,12 +48,11 @@ def strip_chart(rows: Sequence[Row], classes: Sequence[str]) -> tuple[str, str]:
     tall, gap = 54, 16
     width, height = math.ceil(count * step), len(rows) * (tall + gap) + 22
     titles, plot = [], []
-    for number, (title, maximum, values, kind) in enumerate(rows):
+    for number, (title, note, values, top, kind) in enumerate(rows):
         bottom = number * (tall + gap) + tall + 6
         titles.append(text(92, bottom - tall / 2, title, class_="t", text_anchor="end"))
-        titles.append(text(92, bottom - tall / 2 + 15, maximum, class_="s", text_anchor="end"))
+        titles.append(text(92, bottom - tall / 2 + 15, note, class_="s", text_anchor="end"))
         plot.append(line(0, bottom, width, bottom, class_="axis"))
-        top = max((v for v in values if v is not None), default=0.0) or 1.0
         for i, value in enumerate(values):
             if value:
                 h = max(tall * value / top, 0.7)

@@ -25,24 +25,30 @@ KERNELS = {
 Layer = Mapping[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Column:
-    """One column: its value decides the order, its text is shown, `share` draws a bar behind it."""
+    """One column: the field `key` decides the order, its text is shown; `bar` draws the value behind the text."""
 
     title: str
     unit: str
-    value: Callable[[Layer], Any]
+    key: str
     show: Callable[[Layer], str]
     numeric: bool = True
     bar: bool = False
     kind: str = ""
+
+    def value(self, layer: Layer) -> Any:
+        # A tensor that several layers share counts once.
+        return 0 if self.key == "bytes" and layer["shared_with"] else layer[self.key]
 
 
 def layer_table(report: Mapping[str, Any]) -> dict[str, Any]:
     """Columns that have something to show, and a row of cells for every layer."""
     layers = report["layers"]
     columns = [c for c in _columns(report) if any(c.value(e) not in (None, "") for e in layers)]
-    largest = {c: max((c.value(e) or 0 for e in layers), default=0) or 1 for c in columns if c.bar}
+    tops = _tops(report)
+    for c in columns:
+        tops.setdefault(c.key, max((c.value(e) or 0 for e in layers), default=0) if c.bar else 0)
     rows = [
         {
             "name": e["name"],
@@ -50,7 +56,7 @@ def layer_table(report: Mapping[str, Any]) -> dict[str, Any]:
                 {
                     "text": c.show(e),
                     "sort": c.value(e),
-                    "bar": round((c.value(e) or 0) / largest[c], 3) if c.bar else None,
+                    "bar": round((c.value(e) or 0) / (tops[c.key] or 1), 3) if c.bar else None,
                     "kind": c.kind,
                     "bits": e["bits"],
                 }
@@ -71,8 +77,8 @@ def _columns(report: Mapping[str, Any]) -> list[_Column]:
     def number(key: str, show: Callable[[float], str] = number_text) -> Callable[[Layer], str]:
         return lambda e: "" if e[key] is None else show(e[key])
 
-    def field(key: str) -> Callable[[Layer], Any]:
-        return lambda e: e[key]
+    def field(title: str, unit: str, key: str, kind: str = "") -> _Column:
+        return _Column(title, unit, key, lambda e: e[key], False, kind=kind)
 
     def size(e: Layer) -> str:
         return "shared" if e["shared_with"] else f"{e['bytes']:,}"
@@ -80,53 +86,31 @@ def _columns(report: Mapping[str, Any]) -> list[_Column]:
     def shape(e: Layer) -> str:
         return " \u00d7 ".join(map(str, e["shape"]))
 
+    expected = any(e["sqnr_db"] is not None for e in report["layers"])
+    sqnr = ("expected, dB", "sqnr_db") if expected else ("weights, dB", "weight_sqnr_db")
+    loss, alone = "predicted_loss", "measured_loss"
     return [
-        _Column("layer", "", field("name"), field("name"), False, kind="name"),
-        _Column("op", "", field("op"), field("op"), False),
+        field("layer", "", "name", "name"),
+        field("op", "", "op"),
+        _Column("format", "bits", "bits", lambda e: str(e["format"]), kind="chip"),
+        _Column("weights", "n \u00d7 k", "num_weights", shape),
+        _Column("size", "bytes", "bytes", size, bar=True),
         _Column(
-            "format",
-            "bits",
-            lambda e: e["bits"] + len(e["format"]) / 100,
-            field("format"),
-            kind="b",
+            "density", "bits/weight", "bits_per_weight", number("bits_per_weight", "{:.2f}".format)
         ),
-        _Column("weights", "n \u00d7 k", field("num_weights"), shape),
-        _Column("size", "bytes", lambda e: 0 if e["shared_with"] else e["bytes"], size, bar=True),
-        _Column(
-            "density",
-            "bits/weight",
-            field("bits_per_weight"),
-            lambda e: f"{e['bits_per_weight']:.2f}",
-        ),
-        _Column(
-            "predicted loss", unit, field("predicted_loss"), number("predicted_loss"), bar=True
-        ),
-        _Column(
-            "measured loss",
-            measured_unit,
-            field("measured_loss"),
-            number("measured_loss"),
-            bar=True,
-        ),
-        _Column("SQNR", "expected, dB", field("sqnr_db"), number("sqnr_db", _decibel)),
-        _Column("SQNR", "weights, dB", field("weight_sqnr_db"), number("weight_sqnr_db", _decibel)),
-        _Column("SQNR", "output, dB", field("output_sqnr_db"), number("output_sqnr_db", _decibel)),
-        _Column("time", "share", field("time_share"), number("time_share", percent_text), bar=True),
-        _Column("kernel", "class", field("kernel"), field("kernel"), False),
-        _Column("input", "format", field("input_format"), field("input_format"), False),
+        _Column("predicted loss", unit, loss, number(loss), bar=True),
+        _Column("measured loss", measured_unit, alone, number(alone), bar=True),
+        _Column("SQNR", *sqnr, number(sqnr[1], "{:.1f}".format)),
+        _Column("SQNR", "output, dB", "output_sqnr_db", number("output_sqnr_db", "{:.1f}".format)),
+        _Column("time", "share", "time_share", number("time_share", percent_text), bar=True),
+        field("kernel", "class", "kernel"),
+        field("input", "format", "input_format"),
     ]
 
 
 def strip(report: Mapping[str, Any]) -> dict[str, Any]:
     """The bars of all layers, and the kernel classes that occur."""
     layers = report["layers"]
-
-    def values(key: str) -> list[float | None]:
-        return [None if e["shared_with"] else e[key] for e in layers]
-
-    def top(key: str, show: Callable[[float], str]) -> str:
-        known = [v for v in values(key) if v is not None]
-        return f"max {show(max(known))}" if known and max(known) > 0 else ""
 
     wanted: list[tuple[str, str, Callable[[float], str], str]] = [
         ("bits", "format width", lambda v: f"{v:.0f} bits", "kernel"),
@@ -135,11 +119,13 @@ def strip(report: Mapping[str, Any]) -> dict[str, Any]:
         ("measured_loss", "measured loss", number_text, "bar-loss"),
         ("time_share", "time", percent_text, "bar-time"),
     ]
-    rows: list[Row] = [
-        (title, top(key, show), values(key), kind)
-        for key, title, show, kind in wanted
-        if any(v for v in values(key))
-    ]
+    tops = _tops(report)
+    rows: list[Row] = []
+    for key, title, show, kind in wanted:
+        values = [None if e["shared_with"] else e[key] for e in layers]
+        known = [v for v in values if v]
+        if known:
+            rows.append((title, f"max {show(max(known))}", values, tops.get(key, max(known)), kind))
     titles, plot = strip_chart(rows, [f"k-{e['kernel']}" for e in layers])
     used = {e["kernel"] for e in layers}
     legend = [(name, text) for name, text in KERNELS.items() if name in used]
@@ -177,5 +163,11 @@ def format_matrix(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": name, "cells": [layers.get(name) for layers in found]} for name in names]
 
 
-def _decibel(value: float) -> str:
-    return f"{value:.1f}"
+def _tops(report: Mapping[str, Any]) -> dict[str, float]:
+    """Where the bars of losses end: at one number, so that prediction and measurement can be compared by eye."""
+    measured = report["measured_loss"]
+    if measured is None or measured["objective"] != report["objective"]:
+        return {}
+    keys = ("predicted_loss", "measured_loss")
+    top = max((e[key] or 0.0 for e in report["layers"] for key in keys), default=0.0)
+    return dict.fromkeys(keys, top) if top else {}

@@ -335,7 +335,7 @@ def test_details_of_a_layer_appear_on_hover(browser: Browser, page: Path) -> Non
     browser.point('.hit[data-i="1"]')
 
     shown = browser.run("document.getElementById('tip').innerText")
-    assert shown.startswith("2 /7/Gemm") and "predicted loss" in shown and " bytes" in shown
+    assert shown.startswith("2 /7/Gemm") and "predicted loss" in shown and "size, bytes" in shown
     assert browser.run("document.querySelectorAll('#tip svg').length") == 1  # its histogram
     assert browser.run("document.querySelector('tr.on').dataset.i") == "1"
 

@@ -30,9 +30,9 @@ function describeLayer(table, index) {
       } else if (column > 1 && text) {
         const unit = heads[column].querySelector("small");
         const label = document.createElement("dt");
-        label.textContent = heads[column].firstChild.textContent;
+        label.textContent = heads[column].firstChild.textContent + (unit ? `, ${unit.textContent}` : "");
         const value = document.createElement("dd");
-        value.textContent = unit && unit.textContent.length < 12 ? `${text} ${unit.textContent}` : text;
+        value.textContent = text;
         list.append(label, value);
       }
     });
