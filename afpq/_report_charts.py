@@ -125,7 +125,7 @@ def frontier_chart(
         (math.floor(min(x_all) * 2) / 2, math.ceil(max(x_all) * 2) / 2),
         (min(losses) / 1.5, max(losses) * 1.5),
         "bits per weight, scales included",
-        f"loss at the outputs, {unit}",
+        f"loss, {unit}",
         log_y=True,
     )
     drawn = [(frame.x(b), frame.y(loss)) for b, loss in points if loss > 0]

@@ -18,9 +18,9 @@ _FAR_OFF = 3.0
 _SIGN = str.maketrans("-", "\u2212")
 _UNITS = {
     "kl": "KL, nats",
-    "squared_error": "relative squared error",
-    "output_error": "error of outputs, only ranks layers",
-    "weight_error": "error of weights, only ranks layers",
+    "squared_error": "squared error",
+    "output_error": "output error",
+    "weight_error": "weight error",
 }
 
 
