@@ -54,7 +54,11 @@ def _simulation(
     metavar="w5a5",
     help="Instead of a second model: the first with so many bits per weight and activation, on average.",
 )
-@click.option("--calib", metavar="SRC", help="Samples that --simulate quantizes with.")
+@click.option(
+    "--calib",
+    metavar="SRC",
+    help="Samples that --simulate quantizes with; --samples counts here too.",
+)
 @threads_option
 @json_option
 def compare(
@@ -89,6 +93,7 @@ def compare(
                 bits=simulation[0],
                 activation_bits=simulation[1],
                 preprocess=preprocess,
+                samples=samples,
                 threads=threads,
                 progress=progress,
             )

@@ -247,9 +247,13 @@ def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), _number(value)) for key, value in known.items()]
 
 
-def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown_table(
+    columns: Iterable[str], rows: Iterable[Iterable[str]], *, left: int | None = None
+) -> str:
+    """A table; columns after the first `left` are numbers, set to the right."""
     head = list(columns)
-    lines = [_row(head), _row(["---"] * len(head))]
+    texts = len(head) if left is None else left
+    lines = [_row(head), _row(["---"] * texts + ["---:"] * (len(head) - texts))]
     return "\n".join([*lines, *(_row(cell.replace("|", "\\|") for cell in row) for row in rows)])
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from afpq import _core
+from afpq._layer import is_planar
 from afpq.errors import FormatError, ModelError
 from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
@@ -28,6 +28,7 @@ __all__ = [
     "describe_packed",
     "file_bytes",
     "is_packed",
+    "model_files",
     "read_ir",
     "read_packed",
     "scale_columns",
@@ -113,9 +114,8 @@ class PackedLayer:
         if self.activations == "f32":
             return "float"
         if self.op == "Conv":
-            taps = int(np.prod(self.node.attributes["kernel_shape"].value))
-            channels = self.k // taps * self.groups
-            if _core.conv_is_planar(channels, self.n, self.groups, taps):
+            kernel_shape = self.node.attributes["kernel_shape"].value
+            if is_planar(self.n, self.k, self.groups, kernel_shape):
                 return "planar"
         return self.format.kernel_class
 
@@ -233,13 +233,16 @@ def describe_packed(model: ir.Model, path: Path, num_bytes: int) -> PackedModel:
 
 def file_bytes(path: str | Path, model: ir.Model | None = None) -> int:
     """Bytes on disk: the file and the external data files that its tensors lie in."""
+    return sum(f.stat().st_size for f in model_files(path, model))
+
+
+def model_files(path: str | Path, model: ir.Model | None = None) -> list[Path]:
+    """The file of a model and, by name, those that its tensors lie in."""
     path = Path(path)
     model = read_ir(path) if model is None else model
-    files = {path}
-    for tensor in _initializers(model).values():
-        if isinstance(tensor, ir.ExternalTensor):
-            files.add(path.parent / str(tensor.location))
-    return sum(f.stat().st_size for f in files)
+    tensors = _initializers(model).values()
+    outside = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return [path, *(path.parent / name for name in sorted(outside))]
 
 
 def weight_values(layer: PackedLayer) -> npt.NDArray[np.float32]:

@@ -153,7 +153,7 @@ class Plan:
         """
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also of integers with more digits than Python reads
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(document, dict):
             raise PlanError("the plan is not a JSON object")

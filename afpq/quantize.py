@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,7 @@ def quantize(
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
+    journal: str | Path | None = None,
 ) -> QuantizedModel:
     """Quantizes a model under a budget (5 bits per weight if none is given), or as a plan says.
 
@@ -168,8 +170,11 @@ def quantize(
     it helps. `equalize` builds a second model, from equalised weights, and keeps the better one. `stats` spares the
     calibration. Without data and statistics, formats follow from weight error alone. `seed` draws the held-out samples.
     The same arguments give the same bytes, whatever `threads` is.
+    `journal` names a folder that keeps what is finished: the same call after a kill goes on from there. It is the
+    caller's to delete.
 
     Raises:
+        JournalError: the journal belongs to another run, or another process uses it.
         ModelError: the model cannot be read, or has nothing to quantize.
         DataError: the data does not fit the model.
         PlanError: the budget is impossible, a pattern matches nothing, or the plan does not fit.
@@ -193,6 +198,7 @@ def quantize(
         equalize=equalize,
         seed=seed,
         threads=threads,
+        journal=journal,
     )
     if max_drop is not None:
         return reach_goal(job, stats, progress=progress)
@@ -222,11 +228,12 @@ def find_plan(
     """
     progress = progress or _silent
     size = None if job.plan is not None else check_budget(job)
-    if stats is None and job.fit is not None:
-        stats = calibrate(job.model, job.fit, threads=job.threads, progress=progress)
+    if stats is None:
+        stats = _statistics(job, progress)
     plan = job.plan
     if plan is None:
-        plan = search(
+        found = partial(
+            search,
             job.model,
             stats,
             bits=job.bits,
@@ -239,7 +246,9 @@ def find_plan(
             mode=job.mode,
             threads=job.threads,
             progress=progress,
+            journal=job.journal,
         )
+        plan = job.journal.step("plan", found, _write_plan, _read_plan)
     return with_activations(job, plan, stats, progress), stats
 
 
@@ -266,10 +275,26 @@ def reach_goal(
     """
     progress = progress or _silent
     if stats is None:
-        assert job.fit is not None
-        stats = calibrate(job.model, job.fit, threads=job.threads, progress=progress)
+        stats = _statistics(job, progress)
+    assert stats is not None
     plan, packed, facts = smallest_model(job, stats, progress)
     return QuantizedModel(packed, plan, facts, probe=_first_input(job), job=job)
+
+
+def _statistics(job: Job, progress: Progress) -> Stats | None:
+    """Of the samples for calibration, where there are any."""
+    if job.fit is None:
+        return None
+    found = partial(calibrate, job.model, job.fit, threads=job.threads, progress=progress)
+    return job.journal.step("calibrate", found, Stats.save, Stats.load)
+
+
+def _write_plan(plan: Plan, path: Path) -> None:
+    path.write_text(plan.to_json(), encoding="utf-8")
+
+
+def _read_plan(path: Path) -> Plan:
+    return Plan.from_json(path.read_text(encoding="utf-8"))
 
 
 def _first_input(job: Job) -> Feeds | None:
@@ -292,12 +317,13 @@ def _equalized(
     equalized = equalize_model(job.model, stats, job.fit, bits=bits, num_threads=job.threads)
     if not equalized.factors:
         return packed, plan, with_note("no pair of layers gains")
-    other = replace(job, model=equalized.model)
-    stats = calibrate(equalized.model, job.fit, threads=job.threads, progress=progress)
+    other = replace(job, model=equalized.model, journal=job.journal.scoped("equalized"))
+    known = _statistics(other, progress)
+    assert known is not None
     # What layers read has changed: static formats are chosen anew.
-    changed = with_activations(other, replace(plan, activations=None), stats, progress)
+    changed = with_activations(other, replace(plan, activations=None), known, progress)
     try:
-        made = build_graph(other, changed, stats, progress)
+        made = build_graph(other, changed, known, progress)
     except NaNError as error:
         return packed, plan, with_note(str(error))
     made[0].metadata_props["afpq.equalized"] = "yes"
