@@ -32,7 +32,8 @@ def render_html(reports: Sequence[Mapping[str, Any]]) -> str:
         models=models,
         title=" and ".join(m["title"] for m in models),
         comparison=_comparison(reports) if len(reports) > 1 else None,
-        environment=reports[0]["environment"],
+        created=reports[0]["created"],
+        version=reports[0]["environment"]["afpq"],
     )
 
 

@@ -95,6 +95,7 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
         float_bytes = int(model.metadata.get("afpq.float_weight_bytes", 4 * num_weights))
     return {
         "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "source": facts.source,
         "output": file_facts(model.path, model.file_bytes)
         | {
@@ -137,7 +138,6 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
 def environment() -> dict[str, Any]:
     """Versions of everything that took part, and the instruction set in use."""
     result: dict[str, Any] = {
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "afpq": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

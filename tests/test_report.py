@@ -265,6 +265,8 @@ def test_environment_names_the_instruction_set() -> None:
     found = environment()
 
     assert found["isa"] and found["numpy"] == np.__version__
+    assert found["processor"]
+    assert "created" not in found  # a journal compares it: nothing in it may depend on the time
     assert found["afpq"] == afpq.__version__
 
 
