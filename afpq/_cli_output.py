@@ -162,6 +162,8 @@ def format_change(before: int, after: int) -> str:
 
 def format_ratio(before: int, after: int) -> str:
     """`5.9x smaller`."""
+    if after == before:
+        return "the same size"
     if after <= before:
         return f"{before / max(after, 1):.2f}x smaller"
     return f"{after / max(before, 1):.2f}x LARGER"
@@ -253,7 +255,8 @@ class StageProgress:
             self._draw(done, total)
         elif not self.terminal and now - self.printed > _REPEAT_S:
             self.printed = now
-            self._line(f"{stage}: {done} of {total}, {elapsed:.0f} s")
+            left = elapsed * (total - done) / max(done, 1)
+            self._line(f"{stage}: {done} of {total}, {elapsed:.0f} s, about {left:.0f} s left")
 
     def close(self) -> None:
         """Removes the bar."""

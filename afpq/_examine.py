@@ -137,7 +137,7 @@ def _float_name(name: str) -> str:
 def _add_weights(packed: PackedModel, floats: Mapping[str, Layer], found: Facts) -> None:
     for layer in packed.tensors().values():
         weight = floats[layer.name].weight if layer.name in floats else None
-        found[layer.name]["histogram"] = histogram(layer, weight)
+        found[layer.name]["codebook_histogram"] = histogram(layer, weight)
         if weight is not None:
             signal = float(np.square(weight, dtype=np.float64).sum())
             noise = float(np.square(weight - weight_values(layer), dtype=np.float64).sum())

@@ -136,7 +136,7 @@ def histograms(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A card for every stored tensor whose codes were counted."""
     cards = []
     for number, layer in enumerate(report["layers"]):
-        found = layer["histogram"]
+        found = layer["codebook_histogram"]
         if found is None:
             continue
         fmt = AfpFormat.parse(layer["format"])

@@ -55,7 +55,7 @@ class LayerFacts:
     weight_sqnr_db: float | None = None  # of its weights against the float model's
     output_sqnr_db: float | None = None  # of its output in the packed network, measured
     time_share: float | None = None
-    histogram: Mapping[str, Any] | None = None  # see `_examine.histogram`
+    codebook_histogram: Mapping[str, Any] | None = None  # see `_examine.histogram`
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What commands print: sizes, names that fit, progress on a terminal."""
 
+import io
 from fnmatch import fnmatchcase
 
 import pytest
@@ -81,3 +82,14 @@ def test_slow_stages_draw_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -
 
     assert "calibrate" in stream.text and "1/2" in stream.text
     assert "calibrate: 2 done in" in stream.text
+
+
+def test_long_stages_say_how_long_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 13.0, 21.0])
+    monkeypatch.setattr("afpq._cli_output.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = StageProgress(stream=stream)
+    progress("calibrate", 1, 8)
+    progress("calibrate", 4, 8)
+
+    assert stream.getvalue() == "calibrate: 4 of 8, 12 s, about 12 s left\n"

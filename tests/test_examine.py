@@ -72,7 +72,7 @@ def test_the_file_alone_gives_times_and_code_counts(packed_lenet: Path) -> None:
     assert all(share > 0 for share in shares)
     assert sum(shares) + facts.speed["other_nodes_share"] == pytest.approx(1)
     for found in facts.layers.values():
-        assert found.measured_loss is None and found.histogram is not None
+        assert found.measured_loss is None and found.codebook_histogram is not None
 
 
 def test_another_float_model_is_not_compared(packed_lenet: Path, models: Path) -> None:

@@ -65,8 +65,10 @@ def test_json_report_is_complete(
         assert entry["sqnr_db"] > 10 and entry["predicted_loss"] >= 0
         assert entry["measured_loss"] >= 0 and entry["output_sqnr_db"] > 10
         assert 0 < entry["time_share"] < 1
-        assert sum(entry["histogram"]["codes"]) == sum(entry["histogram"]["float"])
-        assert sum(entry["histogram"]["codes"]) == entry["num_weights"]
+        assert sum(entry["codebook_histogram"]["codes"]) == sum(
+            entry["codebook_histogram"]["float"]
+        )
+        assert sum(entry["codebook_histogram"]["codes"]) == entry["num_weights"]
         assert entry["kernel"] in ("byte", "pair", "wide")
     assert report["left_float"][0]["name"] == "/0/Conv"
     assert "--exclude" in report["left_float"][0]["reason"]
