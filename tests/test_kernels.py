@@ -5,6 +5,7 @@ element off the alignment of vectors.
 """
 
 import ctypes
+import itertools
 import mmap
 import os
 import subprocess
@@ -114,6 +115,20 @@ def test_expand_looks_codes_up_in_the_table(isa: str, bits: int, num_tiles: int)
 
 @pytest.mark.parametrize("num_tiles", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("bits", range(2, 9))
+def test_expand_to_words_pairs_steps(isa: str, bits: int, num_tiles: int) -> None:
+    stream = np.random.default_rng(num_tiles).integers(0, 256, num_tiles * 8 * bits, np.uint8)
+    src, codes = guarded(stream), codes_of(stream, bits).reshape(num_tiles, 16, 2, 2)
+    any_words = np.random.default_rng(bits).integers(-(2**15), 2**15, 1 << bits)
+    formats = [codebook(f) for f in all_formats() if f.bits == bits and f.max_integer < 2**15]
+    for numbers in (any_words, *formats):
+        table = np.tile(numbers, 256 >> bits).astype(np.int16)
+        with output((num_tiles, TILE), np.int16) as dst:
+            kernels.expand_s16_afp(isa, src, bits, guarded(table), dst)
+            assert_same_bits(dst, table[codes.swapaxes(1, 2)].reshape(num_tiles, TILE))
+
+
+@pytest.mark.parametrize("num_tiles", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_expand_to_floats_transposes_tiles(isa: str, bits: int, num_tiles: int) -> None:
     stream = np.random.default_rng(num_tiles).integers(0, 256, num_tiles * 8 * bits, np.uint8)
     src, codes = guarded(stream), codes_of(stream, bits).reshape(num_tiles, 16, 4)
@@ -129,32 +144,61 @@ def test_expand_to_floats_transposes_tiles(isa: str, bits: int, num_tiles: int) 
 GEMM_SHAPES = [(1, 0), (1, 1), (1, 2), (1, 7), (2, 3), (3, 1), (9, 2)]  # taps, tiles a tap
 
 
+LIMITS = [1, 16, 17, 32, 33, 64, 65, 127, 128]  # of |rhs|; around those where kernels change
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("num_blocks", range(1, 5))
 @pytest.mark.parametrize("num_rows", range(1, MR + 1))
 def test_gemm_of_bytes_is_exact(isa: str, num_rows: int, num_blocks: int, accumulate: bool) -> None:
     rng = np.random.default_rng(num_rows * 10 + num_blocks)
-    for taps, tiles in GEMM_SHAPES:
+    for (taps, tiles), limit in itertools.product(GEMM_SHAPES, LIMITS):
         lhs = rng.integers(0, 256, (taps, num_rows, 4 * tiles), np.uint8)
-        rhs = rng.integers(-128, 128, (num_blocks, taps * tiles + 2, TILE), np.int8)
+        rhs = rng.integers(
+            -limit, min(limit, 127), (num_blocks, taps * tiles + 2, TILE), endpoint=True
+        )
         before = rng.integers(-1000, 1000, (num_rows, PANEL))
-        used = rhs[:, : taps * tiles].reshape(num_blocks, taps, tiles, 16, 4).astype(np.int64)
+        used = rhs[:, : taps * tiles].reshape(num_blocks, taps, tiles, 16, 4)
         steps = lhs.reshape(taps, num_rows, tiles, 4).astype(np.int64)
         sums = np.einsum("trij,bticj->rbc", steps, used).reshape(num_rows, -1)
         expected = before.copy()
         expected[:, : 16 * num_blocks] = sums + accumulate * before[:, : 16 * num_blocks]
         with output((num_rows, PANEL), np.int32, before) as dst:
-            kernels.gemm_s32_u8_s8(isa, guarded(lhs), guarded(rhs), accumulate, dst)
-            assert_same_bits(dst, expected, (taps, tiles))
+            kernels.gemm_s32_u8_s8(isa, guarded(lhs), guarded(rhs, np.int8), limit, accumulate, dst)
+            assert_same_bits(dst, expected, (taps, tiles, limit))
 
 
-@pytest.mark.parametrize("weight", [-128, 127])
-@pytest.mark.parametrize("num_rows", [1, 2, 6])
-def test_gemm_of_bytes_does_not_saturate(isa: str, num_rows: int, weight: int) -> None:
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 6])
+def test_gemm_of_bytes_does_not_saturate(isa: str, num_rows: int, sign: int, limit: int) -> None:
     lhs = np.full((1, num_rows, 16384), 255, np.uint8)
+    weight = min(sign * limit, 127)
+    rhs = np.full((4, 4096, TILE), weight, np.int8)
     with output((num_rows, PANEL), np.int32) as dst:
-        kernels.gemm_s32_u8_s8(isa, lhs, np.full((4, 4096, TILE), weight, np.int8), False, dst)
+        kernels.gemm_s32_u8_s8(isa, lhs, rhs, limit, False, dst)
         assert (dst == 255 * weight * 16384).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("num_blocks", range(1, 5))
+@pytest.mark.parametrize("num_rows", range(1, MR + 1))
+def test_gemm_of_words_is_exact_up_to_whole_turns(
+    isa: str, num_rows: int, num_blocks: int, accumulate: bool
+) -> None:
+    rng = np.random.default_rng(num_rows * 10 + num_blocks)
+    for taps, tiles in [*GEMM_SHAPES, (1, 500)]:  # the last one goes beyond 32 bits
+        lhs = rng.integers(-(2**15), 2**15, (taps, num_rows, 4 * tiles), np.int16)
+        rhs = rng.integers(-(2**15) + 1, 2**15, (num_blocks, taps * tiles + 2, TILE), np.int16)
+        before = rng.integers(-(2**31), 2**31, (num_rows, PANEL))
+        used = rhs[:, : taps * tiles].reshape(num_blocks, taps, tiles, 2, 16, 2).astype(np.int64)
+        steps = lhs.reshape(taps, num_rows, tiles, 2, 2).astype(np.int64)
+        sums = np.einsum("trihj,btihcj->rbc", steps, used).reshape(num_rows, -1)
+        expected = before.copy()
+        expected[:, : 16 * num_blocks] = sums + accumulate * before[:, : 16 * num_blocks]
+        with output((num_rows, PANEL), np.int32, before.astype(np.int32)) as dst:
+            kernels.gemm_s32_s16_s16(isa, guarded(lhs), guarded(rhs), accumulate, dst)
+            assert_same_bits(dst, expected.astype(np.int32), (taps, tiles))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -230,6 +274,42 @@ def test_quantize_rounds_and_clamps(
             assert_same_bits(dst, quantize(src, inverse_scale, zero_point, planes), count)
 
 
+def words_of(planes: Array) -> Array:
+    """What words hold of the bytes that `quantize` gives."""
+    if len(planes) == 1:
+        return planes[0].astype(np.int16)
+    return (planes[0].astype(np.int32) * 256 + planes[1] - 32768).astype(np.int16)
+
+
+@pytest.mark.parametrize(("planes", "inverse_scale", "zero_point"), QUANTIZERS)
+def test_quantize_to_words_holds_the_same_numbers(
+    isa: str, planes: int, inverse_scale: float, zero_point: int
+) -> None:
+    for count in (*range(71), 128, 131):
+        src = floats(np.random.default_rng(count), count)
+        src[::3] = np.rint(src[::3] * 8) / 4
+        src = np.clip(src, -65536 / inverse_scale, 65536 / inverse_scale)
+        with output((count,), np.int16) as dst:
+            kernels.quantize_s16_f32(isa, guarded(src), inverse_scale, zero_point, 256**planes, dst)
+            assert_same_bits(dst, words_of(quantize(src, inverse_scale, zero_point, planes)), count)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_quantize_transpose_to_words_makes_rows_of_channels(
+    isa: str, planes: int, count: int
+) -> None:
+    inverse_scale, zero_point = (100.0, 131) if planes == 1 else (9000.0, 32768)
+    for channels in (*range(1, 42), 63, 64, 96, 144):
+        src = floats(np.random.default_rng(channels), channels, count + channels % 2 * 5)
+        q = quantize(src[:, :count], inverse_scale, zero_point, planes)
+        with output((count, channels), np.int16) as dst:
+            kernels.quantize_transpose_s16_f32(
+                isa, guarded(src), inverse_scale, zero_point, 256**planes, dst
+            )
+            assert_same_bits(dst, words_of(q).T, channels)
+
+
 @pytest.mark.parametrize("planes", [1, 2])
 def test_nan_quantizes_to_zero(isa: str, planes: int) -> None:
     src = np.array([np.nan, np.inf, -np.inf, 1.0] * 10, np.float32)
@@ -278,6 +358,9 @@ def test_quantize_to_a_format_equals_encode(isa: str, fmt: AfpFormat) -> None:
         with output((1, src.size), np.uint8) as dst:
             kernels.quantize_u8_f32(isa, guarded(src), 0.0, 0, dst, str(fmt), scale)
             assert_same_bits(dst[0], encoded(src, fmt, scale), scale)
+        with output((src.size,), np.int16) as words:
+            kernels.quantize_s16_f32(isa, guarded(src), 0.0, 0, 256, words, str(fmt), scale)
+            assert_same_bits(words, encoded(src, fmt, scale).astype(np.int16), scale)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 16, 17, 49])
@@ -289,6 +372,11 @@ def test_quantize_transpose_to_a_format_equals_encode(isa: str, text: str, count
         with output((1, count, channels), np.uint8) as dst:
             kernels.quantize_transpose_u8_f32(isa, guarded(src), 0.0, 0, dst, text, SCALES[1])
             assert_same_bits(dst[0], encoded(src[:, :count].T, fmt, SCALES[1]), channels)
+        with output((count, channels), np.int16) as words:
+            kernels.quantize_transpose_s16_f32(
+                isa, guarded(src), 0.0, 0, 256, words, text, SCALES[1]
+            )
+            assert_same_bits(words, dst[0].astype(np.int16), channels)
 
 
 def test_other_formats_are_no_formats_of_activations() -> None:

@@ -9,6 +9,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -62,9 +63,9 @@ void expand(const std::string& isa, Array<const uint8_t, 1> src, unsigned bits,
 }
 
 // lhs: [num_taps, num_rows, 4 * num_tiles], rhs: [num_blocks, rhs_tiles, 64], dst: [num_rows, 64]
-template <typename Lhs, typename Rhs, typename Dst, auto kMember>
-void gemm(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs, bool accumulate,
-          Array<Dst, 2> dst) {
+// `call` is the function of the table, without what only some functions take.
+template <typename Lhs, typename Rhs, typename Dst, typename Call>
+void run_gemm(Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs, Array<Dst, 2> dst, Call&& call) {
   const size_t taps = lhs.shape(0), rows = lhs.shape(1), k = lhs.shape(2);
   require(k % kTileK == 0, "the last axis of lhs must be a multiple of 4");
   require(rows >= 1 && rows <= kMaxRows, "lhs must have 1..6 rows");
@@ -76,8 +77,24 @@ void gemm(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> r
   for (size_t t = 0; t < taps; ++t) {
     for (size_t r = 0; r < rows; ++r) pointers[t * kMaxRows + r] = lhs.data() + (t * rows + r) * k;
   }
-  (table_of(isa).*kMember)(pointers.data(), taps, k / kTileK, rhs.data(), rhs.shape(1), rows,
-                           rhs.shape(0), accumulate, dst.data());
+  call(pointers.data(), taps, k / kTileK, rhs.data(), rhs.shape(1), rows, rhs.shape(0));
+}
+
+template <typename Lhs, typename Rhs, typename Dst, auto kMember>
+void gemm(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs, bool accumulate,
+          Array<Dst, 2> dst) {
+  run_gemm(lhs, rhs, dst,
+           [&](auto... args) { (table_of(isa).*kMember)(args..., accumulate, dst.data()); });
+}
+
+void gemm_bytes(const std::string& isa, Array<const uint8_t, 3> lhs, Array<const int8_t, 3> rhs,
+                int limit, bool accumulate, Array<int32_t, 2> dst) {
+  for (size_t i = 0; i < rhs.size(); ++i) {
+    require(std::abs(int{rhs.data()[i]}) <= limit, "rhs has a number beyond limit");
+  }
+  run_gemm(lhs, rhs, dst, [&](auto... args) {
+    table_of(isa).gemm_s32_u8_s8(args..., limit, accumulate, dst.data());
+  });
 }
 
 std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const float, 1> src) {
@@ -131,6 +148,38 @@ void quantize_transpose_u8_f32(const std::string& isa, Array<const float, 2> src
   const AfpqQuantize q = quantizer(inverse_scale, zero_point, format, scale, dst.data(),
                                    dst.shape(0), count * channels);
   table_of(isa).quantize_transpose_u8_f32(src.data(), src.shape(1), channels, count, &q);
+}
+
+// The quantizer of `levels` 256 or 65536, or of a format, writing words.
+AfpqQuantize word_quantizer(float inverse_scale, int32_t zero_point, const std::string& format,
+                            float scale, int levels, int16_t* words) {
+  require(levels == 256 || levels == 65536, "levels must be 256 or 65536");
+  AfpqQuantize q =
+      quantizer(inverse_scale, zero_point, format, scale, nullptr, levels == 256 ? 1 : 2, 0);
+  q.words = words;
+  return q;
+}
+
+// dst: [count]
+void quantize_s16_f32(const std::string& isa, Array<const float, 1> src, float inverse_scale,
+                      int32_t zero_point, int levels, Array<int16_t, 1> dst,
+                      const std::string& format, float scale) {
+  require(dst.shape(0) == src.shape(0), "dst must be [count]");
+  const AfpqQuantize q =
+      word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
+  table_of(isa).quantize_s16_f32(src.data(), src.shape(0), &q);
+}
+
+// src: [num_channels, src_stride], dst: [count, num_channels]
+void quantize_transpose_s16_f32(const std::string& isa, Array<const float, 2> src,
+                                float inverse_scale, int32_t zero_point, int levels,
+                                Array<int16_t, 2> dst, const std::string& format, float scale) {
+  require(src.shape(0) == dst.shape(1) && src.shape(1) >= dst.shape(0),
+          "src must be [num_channels, at least count]");
+  const AfpqQuantize q =
+      word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
+  table_of(isa).quantize_transpose_s16_f32(src.data(), src.shape(1), dst.shape(1), dst.shape(0),
+                                           &q);
 }
 
 // src: [num_channels, src_stride], dst: [count, num_channels]
@@ -207,14 +256,20 @@ void bind_kernels(nb::module_& module) {
   m.def("isa_names", isa_names, "Names of the supported tables, best first.");
   m.def("active_isa", active_isa, "The table this process runs, after AFPQ_ISA.");
   m.def("expand_s8_afp", expand<int8_t, &K::expand_s8_afp>);
+  m.def("expand_s16_afp", expand<int16_t, &K::expand_s16_afp>);
   m.def("expand_f32_afp", expand<float, &K::expand_f32_afp>);
-  m.def("gemm_s32_u8_s8", gemm<uint8_t, int8_t, int32_t, &K::gemm_s32_u8_s8>);
+  m.def("gemm_s32_u8_s8", gemm_bytes);
+  m.def("gemm_s32_s16_s16", gemm<int16_t, int16_t, int32_t, &K::gemm_s32_s16_s16>);
   m.def("gemm_f32_f32_f32", gemm<float, float, float, &K::gemm_f32_f32_f32>);
   m.def("range_f32", range_f32);
   m.def("quantize_u8_f32", quantize_u8_f32, "isa"_a, "src"_a, "inverse_scale"_a, "zero_point"_a,
         "dst"_a, "format"_a = "", "scale"_a = 0.0f);
   m.def("quantize_transpose_u8_f32", quantize_transpose_u8_f32, "isa"_a, "src"_a, "inverse_scale"_a,
         "zero_point"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("quantize_s16_f32", quantize_s16_f32, "isa"_a, "src"_a, "inverse_scale"_a, "zero_point"_a,
+        "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("quantize_transpose_s16_f32", quantize_transpose_s16_f32, "isa"_a, "src"_a,
+        "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
   m.def("transpose_f32", transpose_f32);
   m.def("combine_f32_s32", combine_f32_s32);
   m.def("store_f32", store_f32);

@@ -93,6 +93,41 @@ void expand_s8_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, con
   kExpand[bits - 2](src, num_tiles, table, dst);
 }
 
+// Words are looked up byte by byte. Unpacking low and high bytes joins them, once each 128-bit lane
+// has the bytes of its 4 channels' steps 0 and 1 before those of steps 2 and 3.
+template <unsigned kBits>
+void expand_s16(const uint8_t* __restrict src, size_t num_tiles, const int16_t* __restrict table,
+                int16_t* __restrict dst) {
+  constexpr int kLevel = kBits <= 4 ? 0 : static_cast<int>(kBits) - 4;
+  int8_t low[16 << kLevel], high[16 << kLevel];
+  for (size_t i = 0; i < sizeof(low); ++i) {
+    low[i] = static_cast<int8_t>(table[i] & 255);
+    high[i] = static_cast<int8_t>(table[i] >> 8);
+  }
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  const __m256i by_pairs = _mm256_broadcastsi128_si256(
+      _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0));
+  const auto expand_half = [&](__m256i codes, int16_t* to) {
+    const __m256i code = _mm256_shuffle_epi8(codes, by_pairs);
+    const __m256i bits = _mm256_and_si256(code, low_bits);
+    const __m256i l = lookup<kLevel>(low, code, bits), h = lookup<kLevel>(high, code, bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi8(l, h));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * kTileN), _mm256_unpackhi_epi8(l, h));
+  };
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * kBits, dst += kTileCodes) {
+    expand_half(cut_half<kBits, 0>(src), dst);
+    expand_half(cut_half<kBits, 1>(src), dst + kTileN);
+  }
+}
+
+void expand_s16_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const int16_t* table,
+                         int16_t* dst) {
+  static constexpr decltype(&expand_s16<2>) kExpand[] = {
+      expand_s16<2>, expand_s16<3>, expand_s16<4>, expand_s16<5>,
+      expand_s16<6>, expand_s16<7>, expand_s16<8>};
+  kExpand[bits - 2](src, num_tiles, table, dst);
+}
+
 // Byte j of dword c is the code of (channel c, step j).
 template <unsigned kBits>
 void expand_f32(const uint8_t* __restrict src, size_t num_tiles, const float* __restrict table,
@@ -119,7 +154,8 @@ void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, co
 }
 
 #include "avx2_gemm.inc"
-#include "avx2_layout.inc"
+#include "avx2_quantize.inc"
+#include "avx2_transpose.inc"
 
 void range_f32_avx2(const float* src, size_t count, float* low, float* high, int* finite) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -229,13 +265,19 @@ void planar_f32_avx2(const float* const* taps, const float* weights, size_t num_
 
 const AfpqKernels kAfpqKernelsAvx2 = {
     "avx2",
+    1,
+    64,
     expand_s8_afp_avx2,
+    expand_s16_afp_avx2,
     expand_f32_afp_avx2,
     gemm_s32_u8_s8_avx2,
+    gemm_s32_s16_s16_avx2,
     gemm_f32_f32_f32_avx2,
     range_f32_avx2,
     quantize_u8_f32_avx2,
+    quantize_s16_f32_avx2,
     quantize_transpose_u8_f32_avx2,
+    quantize_transpose_s16_f32_avx2,
     transpose_f32_avx2,
     combine_f32_s32_avx2,
     store_f32_avx2,

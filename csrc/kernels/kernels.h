@@ -28,9 +28,9 @@ enum {
 // How sums of one row block become float: dst[r][c] = (accumulate ? dst[r][c] : 0) + scale[c] *
 // F[r][c].
 //
-// Rows of sums are lhs planes: with lhs_planes == 2 (a16), row 2r holds the high bytes of row r and
-// row 2r + 1 the low ones. With rhs_planes == 2 the integers are 256 * high + low, sums[0] belongs
-// to the low plane, sums[1] to the high.
+// Rows of sums are lhs planes: with lhs_planes == 2 (a16 as bytes), row 2r holds the high bytes of
+// row r and row 2r + 1 the low ones. With rhs_planes == 2 the integers are 256 * high + low,
+// sums[0] belongs to the low plane, sums[1] to the high.
 //   S[q][p]  = sums[q][r * lhs_planes + p][c] - zp_p * column_sums[q][c]                exact int32
 //              (zp_0 = zero_point >> 8, zp_1 = zero_point & 255 with two lhs planes, zp_0 =
 //              zero_point with one)
@@ -40,7 +40,7 @@ enum {
 typedef struct AfpqCombine {
   const int32_t* sums[2];         // [num_rows * lhs_planes][kPanelN]
   const int32_t* column_sums[2];  // [num_channels]
-  const int32_t* zero_points;     // [num_rows], 0..255 or 0..65535
+  const int32_t* zero_points;     // [num_rows], 0..255 or 0..65535; of words: of what they hold
   const float* scales;            // [num_channels]
   float* dst;                     // [num_rows][kPanelN]
   size_t num_rows;
@@ -69,6 +69,8 @@ typedef struct AfpqStore {
 // inverse_scale) + zero_point, 0), num_planes == 1 ? 255 : 65535), rint to nearest even; q = 0
 // where x * inverse_scale is NaN or beyond +-65536 (rows with such elements have a NaN scale).
 // Plane 0 takes q (one plane) or q >> 8, plane 1 takes q & 255. zero_point is in the range of q.
+// Functions that make words write q (one plane) or q - 32768 (two) to `words` instead, and anything
+// where q would be 0 for want of a number.
 //
 // With scale > 0, one plane takes the codes' integers of a float format (afpq/formats.py):
 //   r = min(max(x / scale, low), high)                                   NaN becomes low
@@ -81,20 +83,33 @@ typedef struct AfpqQuantize {
   int32_t zero_point;  // 0..255 or 0..65535; low + zero_point and high + zero_point are bytes
   int num_planes;      // 1 or 2
   uint8_t* planes[2];
+  int16_t* words;
   float scale;
   float low, high;    // the least and the largest integer of the format
   int mantissa_bits;  // 1..7: from 1 on, the even one of two codes is the one with the even
                       // mantissa
 } AfpqQuantize;
 
+// Products of integers come in two forms that give the same bits where both may be used:
+//   bytes  rows of lhs are planes of unsigned bytes, those of rhs of signed bytes
+//   words  both are 16-bit numbers, so a16 takes one dot product instead of two, with sums that
+//   must
+//          fit 32 bits (csrc/drivers/weight.h says when they do)
 typedef struct AfpqKernels {
   const char* isa;
+  int a16_as_words;   // which form is the faster one for a16
+  int a8_byte_limit;  // a8 is faster as words where |rhs| goes beyond this
 
   // Codes -> signed bytes, one per code in stored order: dst[i] = table[window of 8 bits starting
   // at code i's bits]. The table has 256 entries and is periodic in 2^bits, so bits above the code
   // do not matter. src: [num_tiles][8 * bits] bytes; dst: [num_tiles][64]; bits: 2..8.
   void (*expand_s8_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
                         int8_t* dst);
+
+  // The same to words, the channels of two steps together: dst[tile][i][c][j] = table[code of
+  // (channel c, step 2 i + j)], i < 2, j < 2.
+  void (*expand_s16_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const int16_t* table,
+                         int16_t* dst);
 
   // The same to floats, transposed inside the tile: dst[tile][j][c] = table[code of (channel c,
   // step j)]. dst: [num_tiles][kTileK][kTileN] floats.
@@ -106,11 +121,17 @@ typedef struct AfpqKernels {
   //   int32
   // lhs: num_taps x kMaxRows pointers (the first num_rows of each tap are used) to 4 * num_tiles
   // bytes. rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst: [num_rows][kPanelN].
-  // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. The caller keeps sums within int32. Never
-  // saturates.
+  // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. No |rhs| is beyond `limit`, at most 128.
+  // The caller keeps sums within int32. Never saturates.
   void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                          const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                         int accumulate, int32_t* dst);
+                         int limit, int accumulate, int32_t* dst);
+
+  // The same for words, rhs as expand_s16_afp writes it (64 words a tile). Sums wrap around: they
+  // are exact modulo 2^32. No two neighbours of rhs are both -32768.
+  void (*gemm_s32_s16_s16)(const int16_t* const* lhs, size_t num_taps, size_t num_tiles,
+                           const int16_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
+                           int accumulate, int32_t* dst);
 
   // The same in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64
   // floats a tile). Each output is one chain of fma in (t, i, j) order, starting from 0 or from
@@ -125,11 +146,17 @@ typedef struct AfpqKernels {
 
   // src[0..count) -> planes[p][0..count).
   void (*quantize_u8_f32)(const float* src, size_t count, const AfpqQuantize* q);
+  // src[0..count) -> words[0..count).
+  void (*quantize_s16_f32)(const float* src, size_t count, const AfpqQuantize* q);
 
   // Channel planes to channel-last rows: src[c * src_stride + x] -> planes[p][x * num_channels +
   // c], x < count, c < num_channels.
   void (*quantize_transpose_u8_f32)(const float* src, size_t src_stride, size_t num_channels,
                                     size_t count, const AfpqQuantize* q);
+
+  // The same to words[x * num_channels + c].
+  void (*quantize_transpose_s16_f32)(const float* src, size_t src_stride, size_t num_channels,
+                                     size_t count, const AfpqQuantize* q);
 
   // The same without rounding: dst[x * num_channels + c] = src[c * src_stride + x].
   void (*transpose_f32)(const float* src, size_t src_stride, size_t num_channels, size_t count,

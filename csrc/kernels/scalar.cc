@@ -21,6 +21,19 @@ void expand_s8_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, c
   for (size_t i = 0; i < num_tiles * kTileCodes; ++i) dst[i] = table[window(src, i, bits)];
 }
 
+void expand_s16_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits,
+                           const int16_t* table, int16_t* dst) {
+  for (size_t tile = 0; tile < num_tiles; ++tile) {
+    for (size_t c = 0; c < kTileN; ++c) {
+      for (size_t j = 0; j < kTileK; ++j) {
+        dst[(j / 2 * kTileN + c) * 2 + j % 2] = table[window(src, c * kTileK + j, bits)];
+      }
+    }
+    src += 8 * bits;
+    dst += kTileCodes;
+  }
+}
+
 void expand_f32_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table,
                            float* dst) {
   for (size_t tile = 0; tile < num_tiles; ++tile) {
@@ -35,7 +48,7 @@ void expand_f32_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, 
 
 void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                            const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                           int accumulate, int32_t* dst) {
+                           int /*limit*/, int accumulate, int32_t* dst) {
   for (size_t r = 0; r < num_rows; ++r) {
     for (size_t b = 0; b < num_blocks; ++b) {
       int32_t* out = dst + r * kPanelN + b * kTileN;
@@ -52,6 +65,29 @@ void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t nu
         }
       }
       for (size_t c = 0; c < kTileN; ++c) out[c] = sums[c];
+    }
+  }
+}
+
+void gemm_s32_s16_s16_scalar(const int16_t* const* lhs, size_t num_taps, size_t num_tiles,
+                             const int16_t* rhs, size_t rhs_tiles, size_t num_rows,
+                             size_t num_blocks, int accumulate, int32_t* dst) {
+  for (size_t r = 0; r < num_rows; ++r) {
+    for (size_t b = 0; b < num_blocks; ++b) {
+      int32_t* out = dst + r * kPanelN + b * kTileN;
+      uint32_t sums[kTileN];
+      for (size_t c = 0; c < kTileN; ++c) sums[c] = accumulate ? static_cast<uint32_t>(out[c]) : 0;
+      const int16_t* pairs = rhs + b * rhs_tiles * kTileCodes;
+      for (size_t t = 0; t < num_taps; ++t) {
+        const int16_t* row = lhs[t * kMaxRows + r];
+        for (size_t k = 0; k < num_tiles * kTileK; k += 2, pairs += 2 * kTileN) {
+          for (size_t c = 0; c < kTileN; ++c) {
+            sums[c] += static_cast<uint32_t>(row[k] * pairs[2 * c]);
+            sums[c] += static_cast<uint32_t>(row[k + 1] * pairs[2 * c + 1]);
+          }
+        }
+      }
+      for (size_t c = 0; c < kTileN; ++c) out[c] = static_cast<int32_t>(sums[c]);
     }
   }
 }
@@ -129,6 +165,24 @@ void quantize_transpose_u8_f32_scalar(const float* src, size_t src_stride, size_
   }
 }
 
+int16_t word(float x, const AfpqQuantize& q) {
+  const int32_t middle = q.num_planes == 1 ? 0 : 32768;
+  return static_cast<int16_t>(static_cast<int32_t>(quantize(x, q)) - middle);
+}
+
+void quantize_s16_f32_scalar(const float* src, size_t count, const AfpqQuantize* q) {
+  for (size_t i = 0; i < count; ++i) q->words[i] = word(src[i], *q);
+}
+
+void quantize_transpose_s16_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
+                                       size_t count, const AfpqQuantize* q) {
+  for (size_t x = 0; x < count; ++x) {
+    for (size_t c = 0; c < num_channels; ++c) {
+      q->words[x * num_channels + c] = word(src[c * src_stride + x], *q);
+    }
+  }
+}
+
 void transpose_f32_scalar(const float* src, size_t src_stride, size_t num_channels, size_t count,
                           float* dst) {
   for (size_t x = 0; x < count; ++x) {
@@ -194,13 +248,19 @@ void planar_f32_scalar(const float* const* taps, const float* weights, size_t nu
 
 const AfpqKernels kAfpqKernelsScalar = {
     "scalar",
+    0,
+    128,
     expand_s8_afp_scalar,
+    expand_s16_afp_scalar,
     expand_f32_afp_scalar,
     gemm_s32_u8_s8_scalar,
+    gemm_s32_s16_s16_scalar,
     gemm_f32_f32_f32_scalar,
     range_f32_scalar,
     quantize_u8_f32_scalar,
+    quantize_s16_f32_scalar,
     quantize_transpose_u8_f32_scalar,
+    quantize_transpose_s16_f32_scalar,
     transpose_f32_scalar,
     combine_f32_s32_scalar,
     store_f32_scalar,
