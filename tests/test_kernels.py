@@ -460,16 +460,31 @@ def test_store_writes_rows_or_columns(isa: str, rows: int, low: float, high: flo
 @pytest.mark.parametrize(("low", "high"), [(-INF, INF), (0.0, 6.0)])
 @pytest.mark.parametrize("num_taps", range(10))
 def test_planar_is_one_chain_of_taps(isa: str, num_taps: int, low: float, high: float) -> None:
-    for count in (*range(71), 128, 150):
+    for rows, count in [*((1, n) for n in range(71)), (3, 7), (2, 14), (3, 28), (2, 128), (5, 150)]:
         rng = np.random.default_rng(count)
-        taps, weights = floats(rng, num_taps, count), floats(rng, num_taps)
-        total = np.zeros(count, np.float32)
+        taps, weights = floats(rng, num_taps, rows, count + rows % 2), floats(rng, num_taps)
+        total = np.zeros((rows, count), np.float32)
         for tap, weight in zip(taps, weights, strict=True):
-            total = fma(tap, weight, total)
+            total = fma(tap[:, :count], weight, total)
         scale, bias = np.float32(0.7), np.float32(-0.3)
-        with output((count,), np.float32) as dst:
-            kernels.planar_f32(isa, guarded(taps), guarded(weights), scale, bias, low, high, dst)
-            assert_same_bits(dst, clamp(fma(total, scale, bias), low, high), count)
+        expected = clamp(fma(total, scale, bias), low, high)
+        src = guarded(taps)
+        with output((rows, count + rows - 1), np.float32, 7) as dst:
+            kernels.planar_f32(isa, src, guarded(weights), scale, bias, low, high, count, dst)
+            assert_same_bits(dst[:, :count], expected, count)
+            assert (dst[:, count:] == 7).all()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_pick_takes_every_step_th_element(isa: str, num_rows: int, step: int) -> None:
+    for count in (*range(1, 71), 112):
+        rng = np.random.default_rng(count)
+        src = floats(rng, num_rows, (count - 1) * step + 1 + count % 2 * (num_rows - 1))
+        with output((num_rows, count + num_rows - 1), np.float32, 7) as dst:
+            kernels.pick_f32(isa, guarded(src), step, count, dst)
+            assert_same_bits(dst[:, :count], src[:, ::step][:, :count], count)
+            assert (dst[:, count:] == 7).all()
 
 
 # choice of a table

@@ -236,15 +236,31 @@ void store_f32(const std::string& isa, Array<const float, 2> src, Array<const fl
   table_of(isa).store_f32(&args);
 }
 
-// taps: [num_taps, count]
-void planar_f32(const std::string& isa, Array<const float, 2> taps, Array<const float, 1> weights,
-                float scale, float bias, float low, float high, Array<float, 1> dst) {
+// src: [num_rows, src_stride], dst: [num_rows, dst_stride]
+void pick_f32(const std::string& isa, Array<const float, 2> src, size_t step, size_t count,
+              Array<float, 2> dst) {
+  require(src.shape(0) == dst.shape(0), "src and dst must have as many rows");
+  require(step >= 1 && count >= 1 && count <= dst.shape(1) && (count - 1) * step < src.shape(1),
+          "step or count is beyond a row");
+  table_of(isa).pick_f32(src.data(), src.shape(1), step, src.shape(0), count, dst.shape(1),
+                         dst.data());
+}
+
+// taps: [num_taps, num_rows, src_stride], dst: [num_rows, dst_stride]
+void planar_f32(const std::string& isa, Array<const float, 3> taps, Array<const float, 1> weights,
+                float scale, float bias, float low, float high, size_t row_size,
+                Array<float, 2> dst) {
   require(weights.shape(0) == taps.shape(0) && dst.shape(0) == taps.shape(1),
-          "taps must be [num_taps, count], weights [num_taps] and dst [count]");
+          "taps must be [num_taps, num_rows, src_stride], weights [num_taps], dst [num_rows, "
+          "dst_stride]");
+  require(row_size <= taps.shape(2) && row_size <= dst.shape(1), "row_size is beyond a stride");
   std::vector<const float*> pointers(taps.shape(0));
-  for (size_t t = 0; t < pointers.size(); ++t) pointers[t] = taps.data() + t * taps.shape(1);
-  table_of(isa).planar_f32(pointers.data(), weights.data(), pointers.size(), taps.shape(1), scale,
-                           bias, low, high, dst.data());
+  for (size_t t = 0; t < pointers.size(); ++t)
+    pointers[t] = taps.data() + t * taps.shape(1) * taps.shape(2);
+  const AfpqPlanar args = {pointers.data(), weights.data(), dst.data(),    pointers.size(),
+                           dst.shape(0),    row_size,       taps.shape(2), dst.shape(1),
+                           scale,           bias,           low,           high};
+  table_of(isa).planar_f32(&args);
 }
 
 }  // namespace
@@ -273,5 +289,6 @@ void bind_kernels(nb::module_& module) {
   m.def("transpose_f32", transpose_f32);
   m.def("combine_f32_s32", combine_f32_s32);
   m.def("store_f32", store_f32);
+  m.def("pick_f32", pick_f32);
   m.def("planar_f32", planar_f32);
 }

@@ -25,12 +25,21 @@ constexpr size_t kLanes = 8;
   return count >= kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))
                          : _mm256_maskload_epi32(src, first_lanes(count));
 }
+// In pieces at the end: masked stores are slow on some processors.
 [[gnu::always_inline]] inline void store(float* dst, size_t count, __m256 value) {
-  if (count >= kLanes) {
-    _mm256_storeu_ps(dst, value);
-  } else {
-    _mm256_maskstore_ps(dst, first_lanes(count), value);
+  if (count >= kLanes) return _mm256_storeu_ps(dst, value);
+  __m128 part = _mm256_castps256_ps128(value);
+  if (count & 4) {
+    _mm_storeu_ps(dst, part);
+    part = _mm256_extractf128_ps(value, 1);
+    dst += 4;
   }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(dst), part);
+    part = _mm_movehl_ps(part, part);
+    dst += 2;
+  }
+  if (count & 1) _mm_store_ss(dst, part);
 }
 
 // The second operand stays when it is NaN or when both are zeros, as in the reference.
@@ -154,6 +163,7 @@ void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, co
 }
 
 #include "avx2_gemm.inc"
+#include "avx2_planar.inc"
 #include "avx2_quantize.inc"
 #include "avx2_transpose.inc"
 
@@ -224,43 +234,6 @@ void combine_f32_s32_avx2(const AfpqCombine* args) {
   }
 }
 
-struct Finish {
-  __m256 scale, bias, low, high;
-  __m256 operator()(__m256 sum) const {
-    return clamp(_mm256_fmadd_ps(sum, scale, bias), low, high);
-  }
-};
-
-// Four vectors at a time hide the latency of the chains.
-void planar_f32_avx2(const float* const* taps, const float* weights, size_t num_taps, size_t count,
-                     float scale, float bias, float low, float high, float* dst) {
-  const Finish finish = {_mm256_set1_ps(scale), _mm256_set1_ps(bias), _mm256_set1_ps(low),
-                         _mm256_set1_ps(high)};
-  size_t x = 0;
-  for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
-    __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
-    for (size_t t = 0; t < num_taps; ++t) {
-      const float* src = taps[t] + x;
-      const __m256 weight = _mm256_set1_ps(weights[t]);
-      a = _mm256_fmadd_ps(_mm256_loadu_ps(src), weight, a);
-      b = _mm256_fmadd_ps(_mm256_loadu_ps(src + 8), weight, b);
-      c = _mm256_fmadd_ps(_mm256_loadu_ps(src + 16), weight, c);
-      d = _mm256_fmadd_ps(_mm256_loadu_ps(src + 24), weight, d);
-    }
-    _mm256_storeu_ps(dst + x, finish(a));
-    _mm256_storeu_ps(dst + x + 8, finish(b));
-    _mm256_storeu_ps(dst + x + 16, finish(c));
-    _mm256_storeu_ps(dst + x + 24, finish(d));
-  }
-  for (; x < count; x += kLanes) {
-    __m256 sum = _mm256_setzero_ps();
-    for (size_t t = 0; t < num_taps; ++t) {
-      sum = _mm256_fmadd_ps(load(taps[t] + x, count - x), _mm256_set1_ps(weights[t]), sum);
-    }
-    store(dst + x, count - x, finish(sum));
-  }
-}
-
 }  // namespace
 
 const AfpqKernels kAfpqKernelsAvx2 = {
@@ -281,5 +254,6 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     transpose_f32_avx2,
     combine_f32_s32_avx2,
     store_f32_avx2,
+    pick_f32_avx2,
     planar_f32_avx2,
 };

@@ -156,6 +156,7 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 }
 
 #include "avx512vnni_gemm.inc"
+#include "avx512vnni_planar.inc"
 #include "avx512vnni_quantize.inc"
 #include "avx512vnni_transpose.inc"
 
@@ -239,46 +240,6 @@ void combine_f32_s32_avx512vnni(const AfpqCombine* args) {
   }
 }
 
-struct Finish {
-  __m512 scale, bias, low, high;
-  __m512 operator()(__m512 sum) const {
-    return clamp(_mm512_fmadd_ps(sum, scale, bias), low, high);
-  }
-};
-
-// Four vectors at a time hide the latency of the chains.
-void planar_f32_avx512vnni(const float* const* taps, const float* weights, size_t num_taps,
-                           size_t count, float scale, float bias, float low, float high,
-                           float* dst) {
-  const Finish finish = {_mm512_set1_ps(scale), _mm512_set1_ps(bias), _mm512_set1_ps(low),
-                         _mm512_set1_ps(high)};
-  size_t x = 0;
-  for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
-    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
-    for (size_t t = 0; t < num_taps; ++t) {
-      const float* src = taps[t] + x;
-      const __m512 weight = _mm512_set1_ps(weights[t]);
-      a = _mm512_fmadd_ps(_mm512_loadu_ps(src), weight, a);
-      b = _mm512_fmadd_ps(_mm512_loadu_ps(src + 16), weight, b);
-      c = _mm512_fmadd_ps(_mm512_loadu_ps(src + 32), weight, c);
-      d = _mm512_fmadd_ps(_mm512_loadu_ps(src + 48), weight, d);
-    }
-    _mm512_storeu_ps(dst + x, finish(a));
-    _mm512_storeu_ps(dst + x + 16, finish(b));
-    _mm512_storeu_ps(dst + x + 32, finish(c));
-    _mm512_storeu_ps(dst + x + 48, finish(d));
-  }
-  for (; x < count; x += kLanes) {
-    const __mmask16 mask = lanes_at(x, count);
-    __m512 sum = _mm512_setzero_ps();
-    for (size_t t = 0; t < num_taps; ++t) {
-      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, taps[t] + x), _mm512_set1_ps(weights[t]),
-                            sum);
-    }
-    _mm512_mask_storeu_ps(dst + x, mask, finish(sum));
-  }
-}
-
 }  // namespace
 
 const AfpqKernels kAfpqKernelsAvx512Vnni = {
@@ -299,5 +260,6 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     transpose_f32_avx512vnni,
     combine_f32_s32_avx512vnni,
     store_f32_avx512vnni,
+    pick_f32_avx512vnni,
     planar_f32_avx512vnni,
 };

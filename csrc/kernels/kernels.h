@@ -90,6 +90,22 @@ typedef struct AfpqQuantize {
                       // mantissa
 } AfpqQuantize;
 
+// Rows of one channel of a depthwise (or small grouped) convolution, straight from float planes:
+// dst[y * dst_stride + x] = clamp(fma(a, scale, bias)), a = chain of fma(taps[t][y * src_stride +
+// x], weights[t]) over t, from 0.
+typedef struct AfpqPlanar {
+  const float* const* taps;  // [num_taps]
+  const float* weights;      // [num_taps]
+  float* dst;
+  size_t num_taps;
+  size_t num_rows;
+  size_t row_size;    // elements
+  size_t src_stride;  // elements from row to row
+  size_t dst_stride;  // at least row_size
+  float scale, bias;
+  float low, high;  // -inf, +inf: no clamp
+} AfpqPlanar;
+
 // Products of integers come in two forms that give the same bits where both may be used:
 //   bytes  rows of lhs are planes of unsigned bytes, those of rhs of signed bytes
 //   words  both are 16-bit numbers, so a16 takes one dot product instead of two, with sums that
@@ -165,11 +181,12 @@ typedef struct AfpqKernels {
   void (*combine_f32_s32)(const AfpqCombine* c);
   void (*store_f32)(const AfpqStore* s);
 
-  // One channel of a depthwise (or small grouped) convolution, straight from its float plane:
-  // dst[x] = clamp(fma(a, scale, bias)), a = chain of fma(taps[t][x], weights[t]) over t, from 0; x
-  // < count.
-  void (*planar_f32)(const float* const* taps, const float* weights, size_t num_taps, size_t count,
-                     float scale, float bias, float low, float high, float* dst);
+  // Every step-th element of rows: dst[r * dst_stride + i] = src[r * src_stride + i * step], r <
+  // num_rows, i < count.
+  void (*pick_f32)(const float* src, size_t src_stride, size_t step, size_t num_rows, size_t count,
+                   size_t dst_stride, float* dst);
+
+  void (*planar_f32)(const AfpqPlanar* p);
 } AfpqKernels;
 
 // The tables, best first, ends with null. A table is listed only if it was compiled in; `supported`

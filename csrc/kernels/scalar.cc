@@ -235,12 +235,21 @@ void store_f32_scalar(const AfpqStore* args) {
   }
 }
 
-void planar_f32_scalar(const float* const* taps, const float* weights, size_t num_taps,
-                       size_t count, float scale, float bias, float low, float high, float* dst) {
-  for (size_t x = 0; x < count; ++x) {
-    float sum = 0.0f;
-    for (size_t t = 0; t < num_taps; ++t) sum = fmaf(taps[t][x], weights[t], sum);
-    dst[x] = clamp(fmaf(sum, scale, bias), low, high);
+void pick_f32_scalar(const float* src, size_t src_stride, size_t step, size_t num_rows,
+                     size_t count, size_t dst_stride, float* dst) {
+  for (size_t r = 0; r < num_rows; ++r) {
+    for (size_t i = 0; i < count; ++i) dst[r * dst_stride + i] = src[r * src_stride + i * step];
+  }
+}
+
+void planar_f32_scalar(const AfpqPlanar* p) {
+  for (size_t y = 0; y < p->num_rows; ++y) {
+    for (size_t x = 0; x < p->row_size; ++x) {
+      float sum = 0.0f;
+      for (size_t t = 0; t < p->num_taps; ++t)
+        sum = fmaf(p->taps[t][y * p->src_stride + x], p->weights[t], sum);
+      p->dst[y * p->dst_stride + x] = clamp(fmaf(sum, p->scale, p->bias), p->low, p->high);
+    }
   }
 }
 
@@ -264,5 +273,6 @@ const AfpqKernels kAfpqKernelsScalar = {
     transpose_f32_scalar,
     combine_f32_s32_scalar,
     store_f32_scalar,
+    pick_f32_scalar,
     planar_f32_scalar,
 };
