@@ -84,18 +84,7 @@ RowQuantizer quantize_sample(const Conv& op, const ConvShape& shape, const float
                              const Products& products, uint8_t* const* pixels,
                              const Parallel& parallel) {
   const size_t count = shape.num_in(), channels = shape.channels_in;
-  const size_t total = count * channels, parts = ceil_div(total, kTaskElements);
-  std::vector<float> lows(parts), highs(parts);
-  std::vector<int> finite(parts);
-  parallel_for(parallel, parts, [&](size_t part) {
-    const size_t begin = part * kTaskElements;
-    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part],
-                          &highs[part], &finite[part]);
-  });
-  const RowQuantizer quantizer =
-      row_quantizer(op.rounding, *std::min_element(lows.begin(), lows.end()),
-                    *std::max_element(highs.begin(), highs.end()),
-                    *std::min_element(finite.begin(), finite.end()) == 1);
+  const RowQuantizer quantizer = sample_quantizer(op, shape, src, parallel);
   const auto transpose = products.elements == Elements::kWords
                              ? op.kernels->quantize_transpose_s16_f32
                              : op.kernels->quantize_transpose_u8_f32;
@@ -202,6 +191,8 @@ void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t 
                const Parallel& parallel) {
   const Taps taps = taps_of(shape);
   const Products products = products_of(*op.kernels, op.rounding.mode, *op.weight);
+  if (taps == Taps::kDirect && conv_fits_pixels(op, shape, products))
+    return conv_pixels(op, shape, products, src, batch, dst, parallel);
   const size_t padded = op.weight->num_tiles * kTileK;
   const Sample sample = allocate_sample(shape, taps, products, padded);
   if (taps != Taps::kDirect) tap_offsets(shape, shape.channels_in, sample.offsets);
@@ -231,6 +222,21 @@ void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t 
 }
 
 }  // namespace
+
+RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
+                              const Parallel& parallel) {
+  const size_t total = shape.num_in() * shape.channels_in, parts = ceil_div(total, kTaskElements);
+  std::vector<float> lows(parts), highs(parts);
+  std::vector<int> finite(parts);
+  parallel_for(parallel, parts, [&](size_t part) {
+    const size_t begin = part * kTaskElements;
+    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part],
+                          &highs[part], &finite[part]);
+  });
+  return row_quantizer(op.rounding, *std::min_element(lows.begin(), lows.end()),
+                       *std::max_element(highs.begin(), highs.end()),
+                       *std::min_element(finite.begin(), finite.end()) == 1);
+}
 
 void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
           const Parallel& parallel) {

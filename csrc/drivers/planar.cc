@@ -1,15 +1,14 @@
 // Depthwise and small grouped convolutions on float planes: one output channel at a time, fma over
 // its taps.
 //
-// Output rows are made in strips. The input rows of a strip are copied into scratch that stays in
-// L1, with their padding, and cut into phases so that any stride reads contiguous floats. For
-// stride 2 and kernel 3 (dilation 1), padded row x0 x1 x2 ...:
+// The kernel reads taps where they lie in the input, and knows where the plane ends. When several
+// output channels read the same planes, outputs are made in strips of rows whose input stays in L1;
+// and if the stride is not 1 besides, the rows of a strip are cut into phases, once for all
+// channels, so that they read contiguous floats. For stride 2 and kernel 3 (dilation 1), padded row
+// x0 x1 x2 ...:
 //
 //   phase 0: x0 x2 x4 ...   tap 0 reads phase 0 from 0, tap 2 reads phase 0 from 1
 //   phase 1: x1 x3 x5 ...   tap 1 reads phase 1 from 0
-//
-// Then output x of every tap lies at one common offset, and all rows of a strip are one call of the
-// kernel.
 #include <algorithm>
 
 #include "core/scratch.h"
@@ -18,33 +17,69 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kStripElements = 6144;        // of input rows: 24 KB
+constexpr size_t kStripElements = 7168;        // of input rows: 28 KB
+constexpr size_t kStripRows = 4;               // kernels like multiples of it
 constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
 
 // A strip is `height` output rows (less at the end) at one depth.
 struct Strips {
+  bool cut;       // into phases
   size_t extent;  // elements of a phase of a row
   size_t row;     // of all phases
-  size_t height;
-  size_t rows;    // input rows of a strip at one depth
   size_t planes;  // input rows come from so many (channel, tap in depth)
+  size_t height;
+  size_t rows;  // input rows of a strip in one plane
   size_t per_depth;
   size_t count;  // of an output plane
 };
 
+size_t reach(const ConvShape& shape, int axis) {
+  return (shape.kernel[axis] - 1) * shape.dilations[axis];
+}
+
 Strips strips_of(const ConvShape& shape) {
-  const auto reach = [&](int axis) { return (shape.kernel[axis] - 1) * shape.dilations[axis]; };
   Strips strips;
-  strips.extent = shape.out[2] + reach(2) / shape.strides[2] + 1;
+  strips.cut = shape.strides[2] > 1 && shape.group_out() > 1;
+  strips.extent = shape.out[2] + reach(shape, 2) / shape.strides[2] + 1;
   strips.row = strips.extent * shape.strides[2];
   strips.planes = shape.group_in() * shape.kernel[0];
   const size_t rows = kStripElements / (strips.row * strips.planes);
-  const size_t height = rows > reach(1) ? (rows - reach(1) - 1) / shape.strides[1] + 1 : 1;
-  strips.per_depth = ceil_div(shape.out[1], height);
-  strips.height = ceil_div(shape.out[1], strips.per_depth);
-  strips.rows = (strips.height - 1) * shape.strides[1] + reach(1) + 1;
+  const size_t fitting =
+      rows > reach(shape, 1) ? (rows - reach(shape, 1) - 1) / shape.strides[1] + 1 : 1;
+  strips.height = shape.group_out() == 1 ? shape.out[1]
+                  : fitting < kStripRows ? fitting
+                                         : fitting / kStripRows * kStripRows;
+  strips.height = std::min(strips.height, shape.out[1]);
+  strips.per_depth = ceil_div(shape.out[1], strips.height);
+  strips.rows = (strips.height - 1) * shape.strides[1] + reach(shape, 1) + 1;
   strips.count = shape.out[0] * strips.per_depth;
   return strips;
+}
+
+// Depth of the input under (output depth, tap), or -1 in the padding.
+ptrdiff_t depth_of(const ConvShape& shape, size_t z, size_t kz) {
+  const size_t at = z * shape.strides[0] + kz * shape.dilations[0];
+  return at < shape.pads[0] || at - shape.pads[0] >= shape.in[0]
+             ? -1
+             : static_cast<ptrdiff_t>(at - shape.pads[0]);
+}
+
+// Where a strip lies: output rows from y at depth z, whose taps are within input rows [begin, end).
+struct Place {
+  size_t z, y, num_rows;
+  size_t begin, end;
+};
+
+Place place_of(const ConvShape& shape, const Strips& strips, size_t strip) {
+  Place place;
+  place.z = strip / strips.per_depth;
+  place.y = strip % strips.per_depth * strips.height;
+  place.num_rows = std::min(strips.height, shape.out[1] - place.y);
+  const size_t first = place.y * shape.strides[1], pad = shape.pads[1];
+  place.begin = first > pad ? std::min(first - pad, shape.in[1]) : 0;
+  place.end = std::min(first + strips.rows > pad ? first + strips.rows - pad : 0, shape.in[1]);
+  place.end = std::max(place.end, place.begin);
+  return place;
 }
 
 // Rows of input into their phases; what lies in the padding of rows is left as it is.
@@ -63,88 +98,130 @@ void cut_rows(const AfpqKernels& kernels, const ConvShape& shape, const Strips& 
 
 // The input rows of a strip: dst[planes][rows][row]. src: the planes of a group.
 void cut_strip(const AfpqKernels& kernels, const ConvShape& shape, const Strips& strips,
-               size_t strip, const float* src, float* dst) {
-  const size_t z = strip / strips.per_depth;
-  const size_t y = strip % strips.per_depth * strips.height * shape.strides[1];
-  // Rows [begin, end) of the strip are rows of the input, the others padding.
-  const auto row_of = [&](size_t at) { return std::min(at > y ? at - y : 0, strips.rows); };
-  const size_t begin = row_of(shape.pads[1]), end = row_of(shape.pads[1] + shape.in[1]);
+               const Place& place, const float* src, float* dst) {
   for (size_t plane = 0; plane < strips.planes; ++plane, dst += strips.rows * strips.row) {
-    const size_t c = plane / shape.kernel[0], kz = plane % shape.kernel[0];
-    const size_t at_z = z * shape.strides[0] + kz * shape.dilations[0];  // with padding
-    if (at_z < shape.pads[0] || at_z - shape.pads[0] >= shape.in[0] || begin == end) {
-      std::fill(dst, dst + strips.rows * strips.row, 0.0f);
-      continue;
-    }
-    const size_t depth = c * shape.in[0] + at_z - shape.pads[0];
-    const size_t first = depth * shape.in[1] + y + begin - shape.pads[1];
-    std::fill(dst, dst + begin * strips.row, 0.0f);
-    cut_rows(kernels, shape, strips, src + first * shape.in[2], end - begin,
-             dst + begin * strips.row);
-    std::fill(dst + end * strips.row, dst + strips.rows * strips.row, 0.0f);
+    const size_t c = plane / shape.kernel[0];
+    const ptrdiff_t depth = depth_of(shape, place.z, plane % shape.kernel[0]);
+    if (depth < 0) continue;
+    const size_t row = (c * shape.in[0] + static_cast<size_t>(depth)) * shape.in[1] + place.begin;
+    cut_rows(kernels, shape, strips, src + row * shape.in[2], place.end - place.begin, dst);
   }
 }
 
+// Working memory of one task, and what it holds.
 struct Workspace {
-  float* rows;         // [planes][rows][row], zero in the padding at the ends of rows
-  const float** taps;  // [k] where they start in `rows`
-  float* weights;      // [group_out][k]
+  float* rows;    // [planes][rows][row] if rows are cut, zero in the padding at the ends of rows
+  AfpqTap* taps;  // [k] of `strip`, without those in the padding of depth
+  size_t* order;  // [k] which step of k a tap is
+  size_t num_taps = 0;
+  float* weights;  // [4 * num_tiles][16] of `block`
+  float* used;     // the steps of `order` in them
+  size_t strip = ~size_t{0}, block = ~size_t{0};
+
+  Workspace(const Strips& strips, const PackedWeight& weight) {
+    using S = Scratch;
+    const size_t size = strips.cut ? strips.planes * strips.rows * strips.row : 0;
+    const size_t weights_size = weight.num_tiles * kTileCodes;
+    Scratch& scratch = task_scratch();
+    scratch.reset(S::room<float>(size) + S::room<AfpqTap>(weight.k) + S::room<size_t>(weight.k) +
+                  2 * S::room<float>(weights_size));
+    rows = scratch.take<float>(size);
+    taps = scratch.take<AfpqTap>(weight.k);
+    order = scratch.take<size_t>(weight.k);
+    weights = scratch.take<float>(weights_size);
+    used = scratch.take<float>(weights_size);
+    std::fill(rows, rows + size, 0.0f);
+  }
 };
 
-Workspace make_workspace(const ConvShape& shape, const Strips& strips, size_t k) {
-  using S = Scratch;
-  const size_t size = strips.planes * strips.rows * strips.row;
-  Scratch& scratch = task_scratch();
-  scratch.reset(S::room<float>(size) + S::room<float*>(k) + S::room<float>(shape.group_out() * k));
-  Workspace work;
-  work.rows = scratch.take<float>(size);
-  work.taps = scratch.take<const float*>(k);
-  work.weights = scratch.take<float>(shape.group_out() * k);
-  std::fill(work.rows, work.rows + size, 0.0f);
-  // Stored order: k = tap * channels_per_group + channel.
-  const float** tap = work.taps;
-  for (size_t z = 0; z < shape.kernel[0]; ++z) {
-    for (size_t y = 0; y < shape.kernel[1]; ++y) {
-      for (size_t x = 0; x < shape.kernel[2]; ++x) {
-        const size_t at = x * shape.dilations[2];
-        const size_t place = at % shape.strides[2] * strips.extent + at / shape.strides[2];
-        for (size_t c = 0; c < shape.group_in(); ++c) {
-          const size_t plane = c * shape.kernel[0] + z;
-          *tap++ = work.rows + (plane * strips.rows + y * shape.dilations[1]) * strips.row + place;
+// Stored order: k = tap * channels_per_group + channel.
+void list_taps(const ConvShape& shape, const Strips& strips, const Place& place, Workspace* work) {
+  work->num_taps = 0;
+  size_t step = 0;
+  for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+    const ptrdiff_t depth = depth_of(shape, place.z, kz);
+    for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
+      for (size_t kx = 0; kx < shape.kernel[2]; ++kx) {
+        for (size_t c = 0; c < shape.group_in(); ++c, ++step) {
+          if (depth < 0) continue;
+          AfpqTap& tap = work->taps[work->num_taps];
+          work->order[work->num_taps++] = step;
+          const size_t at = kx * shape.dilations[2];
+          tap.row = static_cast<ptrdiff_t>(place.y * shape.strides[1] + ky * shape.dilations[1]) -
+                    static_cast<ptrdiff_t>(shape.pads[1]);
+          if (strips.cut) {
+            tap.plane = (c * shape.kernel[0] + kz) * strips.rows * strips.row +
+                        at % shape.strides[2] * strips.extent;
+            tap.row -= static_cast<ptrdiff_t>(place.begin);
+            tap.column = static_cast<ptrdiff_t>(at / shape.strides[2]);
+          } else {
+            tap.plane = (c * shape.in[0] + static_cast<size_t>(depth)) * shape.in[1] * shape.in[2];
+            tap.column = static_cast<ptrdiff_t>(at) - static_cast<ptrdiff_t>(shape.pads[2]);
+          }
         }
       }
     }
   }
-  return work;
 }
 
-void decode_group(const PackedWeight& weight, size_t first, size_t count, float* dst) {
-  for (size_t channel = first; channel < first + count; ++channel) {
-    for (size_t i = 0; i < weight.k; ++i) *dst++ = weight.tables.value[weight.code(channel, i)];
+// Steps of `order` of a block of weights, where these are not all.
+const float* used_weights(const PackedWeight& weight, const Workspace& work) {
+  if (work.num_taps == weight.k) return work.weights;
+  for (size_t t = 0; t < work.num_taps; ++t) {
+    const float* from = work.weights + work.order[t] * kTileN;
+    std::copy(from, from + kTileN, work.used + t * kTileN);
   }
+  return work.used;
 }
 
-// All output channels of a group, rows of one strip. dst: the planes of the group.
-void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, size_t strip,
-               size_t group, const Workspace& work, float* dst) {
+// Output channels [first, first + count), all in one block of 16, rows of one strip. src, dst: the
+// planes that the first of them reads and writes.
+void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, const Place& place,
+               size_t first, size_t count, const float* src, float* dst, Workspace* work) {
+  static constexpr float kNoBias[kTileN] = {};
   const PackedWeight& weight = *op.weight;
-  const size_t z = strip / strips.per_depth, y = strip % strips.per_depth * strips.height;
+  if (work->block != first / kTileN) {
+    work->block = first / kTileN;
+    op.kernels->expand_f32_afp(weight.block(work->block), weight.num_tiles, weight.format.bits(),
+                               weight.tables.value, work->weights);
+  }
   AfpqPlanar planar = {};
-  planar.taps = work.taps;
-  planar.num_taps = weight.k;
-  planar.num_rows = std::min(strips.height, shape.out[1] - y);
-  planar.row_size = shape.out[2];
-  planar.src_stride = strips.row * shape.strides[1];
-  planar.dst_stride = shape.out[2];
+  planar.src = strips.cut ? work->rows : src;
+  planar.taps = work->taps;
+  planar.weights = used_weights(weight, *work) + first % kTileN;
+  planar.scales = weight.scales.data() + first;
+  planar.bias = op.bias ? op.bias + first : kNoBias;
+  planar.dst = dst + (place.z * shape.out[1] + place.y) * shape.out[2];
+  planar.num_taps = work->num_taps;
+  planar.num_channels = count;
+  planar.src_channel_stride = shape.group_out() == 1 ? shape.group_in() * shape.num_in() : 0;
+  planar.dst_channel_stride = shape.num_out();
+  planar.src_rows = strips.cut ? place.end - place.begin : shape.in[1];
+  planar.src_columns = strips.cut ? strips.extent : shape.in[2];
+  planar.src_stride = strips.cut ? strips.row : shape.in[2];
+  planar.row_step = shape.strides[1];
+  planar.column_step = strips.cut ? 1 : shape.strides[2];
+  planar.num_rows = place.num_rows;
+  planar.row_size = planar.dst_stride = shape.out[2];
   planar.low = op.low;
   planar.high = op.high;
-  for (size_t c = 0; c < shape.group_out(); ++c) {
-    const size_t channel = group * shape.group_out() + c;
-    planar.weights = work.weights + c * weight.k;
-    planar.scale = weight.scales[channel];
-    planar.bias = op.bias ? op.bias[channel] : 0.0f;
-    planar.dst = dst + c * shape.num_out() + (z * shape.out[1] + y) * shape.out[2];
-    op.kernels->planar_f32(&planar);
+  op.kernels->planar_f32(&planar);
+}
+
+// Output channels [first, last) of one sample: a whole group or more groups of one channel.
+void run_channels(const Conv& op, const ConvShape& shape, const Strips& strips, size_t strip,
+                  size_t first, size_t last, const float* src, float* dst, Workspace* work) {
+  const Place place = place_of(shape, strips, strip);
+  if (strip != work->strip) list_taps(shape, strips, place, work);
+  work->strip = strip;
+  const auto planes = [&](size_t channel) {
+    return src + channel / shape.group_out() * shape.group_in() * shape.num_in();
+  };
+  if (strips.cut) cut_strip(*op.kernels, shape, strips, place, planes(first), work->rows);
+  for (size_t c = first; c < last;) {
+    const size_t count = std::min(last, (c / kTileN + 1) * kTileN) - c;
+    run_strip(op, shape, strips, place, c, count, planes(c), dst + c * shape.num_out(), work);
+    c += count;
   }
 }
 
@@ -153,22 +230,20 @@ void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, siz
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
                  const Parallel& parallel) {
   const Strips strips = strips_of(shape);
-  const size_t total = batch * shape.groups * strips.count;
-  const size_t work_of_one = strips.height * shape.out[2] * op.weight->k * shape.group_out();
+  // An item is a strip of a group, or of a block of groups of one channel.
+  const size_t channels = shape.group_out() == 1 ? size_t{kTileN} : shape.group_out();
+  const size_t items = ceil_div(shape.channels_out, channels) * strips.count;
+  const size_t total = batch * items;
+  const size_t work_of_one = strips.height * shape.out[2] * op.weight->k * channels;
   const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), kTaskWork / work_of_one));
   parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
-    const Workspace work = make_workspace(shape, strips, op.weight->k);
-    size_t decoded = shape.groups;  // none
+    Workspace work(strips, *op.weight);
     for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {
-      const size_t item = i / strips.count, strip = i % strips.count, group = item % shape.groups;
-      if (group != decoded) {
-        decode_group(*op.weight, group * shape.group_out(), shape.group_out(), work.weights);
-        decoded = group;
-      }
-      cut_strip(*op.kernels, shape, strips, strip, src + item * shape.group_in() * shape.num_in(),
-                work.rows);
-      run_strip(op, shape, strips, strip, group, work,
-                dst + item * shape.group_out() * shape.num_out());
+      const size_t sample = i / items, first = i % items / strips.count * channels;
+      run_channels(op, shape, strips, i % strips.count, first,
+                   std::min(first + channels, shape.channels_out),
+                   src + sample * shape.channels_in * shape.num_in(),
+                   dst + sample * shape.channels_out * shape.num_out(), &work);
     }
   });
 }

@@ -163,6 +163,7 @@ void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, co
 }
 
 #include "avx2_gemm.inc"
+#include "avx2_pixels.inc"
 #include "avx2_planar.inc"
 #include "avx2_quantize.inc"
 #include "avx2_transpose.inc"
@@ -240,17 +241,22 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     "avx2",
     1,
     64,
+    1,
     expand_s8_afp_avx2,
     expand_s16_afp_avx2,
     expand_f32_afp_avx2,
     gemm_s32_u8_s8_avx2,
     gemm_s32_s16_s16_avx2,
     gemm_f32_f32_f32_avx2,
+    gemm_pixels_f32_u8_s8_avx2,
+    gemm_pixels_f32_s16_s16_avx2,
     range_f32_avx2,
     quantize_u8_f32_avx2,
     quantize_s16_f32_avx2,
     quantize_transpose_u8_f32_avx2,
     quantize_transpose_s16_f32_avx2,
+    quantize_pixels_u8_f32_avx2,
+    quantize_pixels_s16_f32_avx2,
     transpose_f32_avx2,
     combine_f32_s32_avx2,
     store_f32_avx2,

@@ -156,6 +156,7 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 }
 
 #include "avx512vnni_gemm.inc"
+#include "avx512vnni_pixels.inc"
 #include "avx512vnni_planar.inc"
 #include "avx512vnni_quantize.inc"
 #include "avx512vnni_transpose.inc"
@@ -246,17 +247,22 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     "avx512vnni",
     0,
     128,
+    0,
     expand_s8_afp_avx512vnni,
     expand_s16_afp_avx512vnni,
     expand_f32_afp_avx512vnni,
     gemm_s32_u8_s8_avx512vnni,
     gemm_s32_s16_s16_avx512vnni,
     gemm_f32_f32_f32_avx512vnni,
+    gemm_pixels_f32_u8_s8_avx512vnni,
+    gemm_pixels_f32_s16_s16_avx512vnni,
     range_f32_avx512vnni,
     quantize_u8_f32_avx512vnni,
     quantize_s16_f32_avx512vnni,
     quantize_transpose_u8_f32_avx512vnni,
     quantize_transpose_s16_f32_avx512vnni,
+    quantize_pixels_u8_f32_avx512vnni,
+    quantize_pixels_s16_f32_avx512vnni,
     transpose_f32_avx512vnni,
     combine_f32_s32_avx512vnni,
     store_f32_avx512vnni,

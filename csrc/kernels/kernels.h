@@ -90,20 +90,58 @@ typedef struct AfpqQuantize {
                       // mantissa
 } AfpqQuantize;
 
-// Rows of one channel of a depthwise (or small grouped) convolution, straight from float planes:
-// dst[y * dst_stride + x] = clamp(fma(a, scale, bias)), a = chain of fma(taps[t][y * src_stride +
-// x], weights[t]) over t, from 0.
+// A product with pixels in the lanes, which makes planes of floats without transposing anything:
+//   S[c][x] = sum over groups g of (steps of group g of pixel x) * (those of channel c)     modulo
+//   2^32 dst[c * channel_stride + x] = clamp(fma((float)(S[c][x] - zero_point * column_sums[c]) *
+//                                            scales[c], row_scale, bias[c]))
+// A group is the 4 bytes of 4 steps or of 2 words. The sums fit int32 once the zero point is out.
+typedef struct AfpqPixels {
+  const void* lhs;  // [groups][pixel_stride][4 bytes], as quantize_pixels writes it
+  const void* rhs;  // [num_tiles] of one block of 16 channels, as expand_s8_afp or expand_s16_afp
+  size_t num_tiles;
+  size_t pixel_stride;  // pixels that can be read in each group: a multiple of 16
+  size_t num_pixels;    // 1..pixel_stride
+  size_t num_channels;  // 1..16
+  int limit;            // of |rhs| if bytes, at most a8_byte_limit
+  int32_t zero_point;
+  const int32_t* column_sums;  // [num_channels]
+  const float* scales;         // [num_channels]
+  const float* bias;           // [num_channels]
+  float row_scale;
+  float low, high;  // -inf, +inf: no clamp
+  float* dst;
+  size_t channel_stride;  // elements
+} AfpqPixels;
+
+// Rows of some channels of a depthwise (or small grouped) convolution, straight from float planes.
+// Tap t of output (y, x) of channel c is row y * row_step + taps[t].row, column x * column_step +
+// taps[t].column of the plane that begins at src + c * src_channel_stride + taps[t].plane; it is 0
+// outside the plane.
+//   dst[c * dst_channel_stride + y * dst_stride + x] = clamp(fma(a, scales[c], bias[c])), a = chain
+//   of fma(tap t, weights[t * kTileN + c]) over t, from 0
+// Weights are integers, so that taps that are 0 may be left out.
+typedef struct AfpqTap {
+  size_t plane;  // elements
+  ptrdiff_t row, column;
+} AfpqTap;
 typedef struct AfpqPlanar {
-  const float* const* taps;  // [num_taps]
-  const float* weights;      // [num_taps]
+  const float* src;
+  const AfpqTap* taps;
+  const float* weights;  // [num_taps][kTileN], of which num_channels are used
+  const float* scales;   // [num_channels]
+  const float* bias;     // [num_channels]
   float* dst;
   size_t num_taps;
+  size_t num_channels;           // 1..kTileN
+  size_t src_channel_stride;     // elements; 0: all channels read the same planes
+  size_t dst_channel_stride;     // elements
+  size_t src_rows, src_columns;  // of every plane
+  size_t src_stride;             // elements from row to row
+  size_t row_step, column_step;
   size_t num_rows;
   size_t row_size;    // elements
-  size_t src_stride;  // elements from row to row
   size_t dst_stride;  // at least row_size
-  float scale, bias;
-  float low, high;  // -inf, +inf: no clamp
+  float low, high;    // -inf, +inf: no clamp
 } AfpqPlanar;
 
 // Products of integers come in two forms that give the same bits where both may be used:
@@ -113,8 +151,10 @@ typedef struct AfpqPlanar {
 //          fit 32 bits (csrc/drivers/weight.h says when they do)
 typedef struct AfpqKernels {
   const char* isa;
-  int a16_as_words;   // which form is the faster one for a16
+  // Preferences, where several ways give the same bits.
+  int a16_as_words;   // a16 is faster as words
   int a8_byte_limit;  // a8 is faster as words where |rhs| goes beyond this
+  int pixel_lanes;    // 1x1 convolutions are faster with pixels in the lanes (gemm_pixels)
 
   // Codes -> signed bytes, one per code in stored order: dst[i] = table[window of 8 bits starting
   // at code i's bits]. The table has 256 entries and is periodic in 2^bits, so bits above the code
@@ -156,6 +196,9 @@ typedef struct AfpqKernels {
                            const float* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
                            int accumulate, float* dst);
 
+  void (*gemm_pixels_f32_u8_s8)(const AfpqPixels* p);
+  void (*gemm_pixels_f32_s16_s16)(const AfpqPixels* p);
+
   // Smallest and largest of src[0..count) and 0. *finite is set to 0 when an element is NaN or
   // infinite, else to 1.
   void (*range_f32)(const float* src, size_t count, float* low, float* high, int* finite);
@@ -174,7 +217,15 @@ typedef struct AfpqKernels {
   void (*quantize_transpose_s16_f32)(const float* src, size_t src_stride, size_t num_channels,
                                      size_t count, const AfpqQuantize* q);
 
-  // The same without rounding: dst[x * num_channels + c] = src[c * src_stride + x].
+  // Channel planes to pixels, as gemm_pixels reads them: src[c * src_stride + x] -> planes[0] at
+  // 4 * (c / 4 * pixel_stride + x) + c % 4, or words at 2 * (c / 2 * pixel_stride + x) + c % 2.
+  // num_channels is a multiple of 4.
+  void (*quantize_pixels_u8_f32)(const float* src, size_t src_stride, size_t num_channels,
+                                 size_t count, size_t pixel_stride, const AfpqQuantize* q);
+  void (*quantize_pixels_s16_f32)(const float* src, size_t src_stride, size_t num_channels,
+                                  size_t count, size_t pixel_stride, const AfpqQuantize* q);
+
+  // Channel planes to rows without rounding: dst[x * num_channels + c] = src[c * src_stride + x].
   void (*transpose_f32)(const float* src, size_t src_stride, size_t num_channels, size_t count,
                         float* dst);
 

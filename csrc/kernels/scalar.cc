@@ -183,6 +183,24 @@ void quantize_transpose_s16_f32_scalar(const float* src, size_t src_stride, size
   }
 }
 
+void quantize_pixels_u8_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
+                                   size_t count, size_t pixel_stride, const AfpqQuantize* q) {
+  for (size_t c = 0; c < num_channels; ++c) {
+    for (size_t x = 0; x < count; ++x) {
+      put_planes(quantize(src[c * src_stride + x], *q), 4 * (c / 4 * pixel_stride + x) + c % 4, *q);
+    }
+  }
+}
+
+void quantize_pixels_s16_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
+                                    size_t count, size_t pixel_stride, const AfpqQuantize* q) {
+  for (size_t c = 0; c < num_channels; ++c) {
+    for (size_t x = 0; x < count; ++x) {
+      q->words[2 * (c / 2 * pixel_stride + x) + c % 2] = word(src[c * src_stride + x], *q);
+    }
+  }
+}
+
 void transpose_f32_scalar(const float* src, size_t src_stride, size_t num_channels, size_t count,
                           float* dst) {
   for (size_t x = 0; x < count; ++x) {
@@ -235,6 +253,33 @@ void store_f32_scalar(const AfpqStore* args) {
   }
 }
 
+// Element j < 4 / sizeof(T) of group g: a pixel's at lhs[(g * pixel_stride + x) * steps + j], a
+// channel's at rhs[(g * 16 + c) * steps + j].
+template <typename Lhs, typename Rhs>
+void gemm_pixels(const AfpqPixels& p) {
+  constexpr size_t kSteps = 4 / sizeof(Rhs);
+  const Lhs* lhs = static_cast<const Lhs*>(p.lhs);
+  const Rhs* rhs = static_cast<const Rhs*>(p.rhs);
+  for (size_t c = 0; c < p.num_channels; ++c) {
+    const uint32_t shift =
+        static_cast<uint32_t>(p.zero_point) * static_cast<uint32_t>(p.column_sums[c]);
+    for (size_t x = 0; x < p.num_pixels; ++x) {
+      uint32_t sum = 0;
+      for (size_t g = 0; g < p.num_tiles * kTileK / kSteps; ++g) {
+        for (size_t j = 0; j < kSteps; ++j) {
+          sum += static_cast<uint32_t>(lhs[(g * p.pixel_stride + x) * kSteps + j] *
+                                       rhs[(g * kTileN + c) * kSteps + j]);
+        }
+      }
+      const float value = static_cast<float>(static_cast<int32_t>(sum - shift)) * p.scales[c];
+      p.dst[c * p.channel_stride + x] = clamp(fmaf(value, p.row_scale, p.bias[c]), p.low, p.high);
+    }
+  }
+}
+
+void gemm_pixels_f32_u8_s8_scalar(const AfpqPixels* p) { gemm_pixels<uint8_t, int8_t>(*p); }
+void gemm_pixels_f32_s16_s16_scalar(const AfpqPixels* p) { gemm_pixels<int16_t, int16_t>(*p); }
+
 void pick_f32_scalar(const float* src, size_t src_stride, size_t step, size_t num_rows,
                      size_t count, size_t dst_stride, float* dst) {
   for (size_t r = 0; r < num_rows; ++r) {
@@ -242,13 +287,25 @@ void pick_f32_scalar(const float* src, size_t src_stride, size_t step, size_t nu
   }
 }
 
+float tap_at(const AfpqPlanar& p, size_t c, const AfpqTap& tap, size_t y, size_t x) {
+  const ptrdiff_t row = static_cast<ptrdiff_t>(y * p.row_step) + tap.row;
+  const ptrdiff_t column = static_cast<ptrdiff_t>(x * p.column_step) + tap.column;
+  if (row < 0 || row >= static_cast<ptrdiff_t>(p.src_rows)) return 0.0f;
+  if (column < 0 || column >= static_cast<ptrdiff_t>(p.src_columns)) return 0.0f;
+  return p.src[c * p.src_channel_stride + tap.plane + static_cast<size_t>(row) * p.src_stride +
+               static_cast<size_t>(column)];
+}
+
 void planar_f32_scalar(const AfpqPlanar* p) {
-  for (size_t y = 0; y < p->num_rows; ++y) {
-    for (size_t x = 0; x < p->row_size; ++x) {
-      float sum = 0.0f;
-      for (size_t t = 0; t < p->num_taps; ++t)
-        sum = fmaf(p->taps[t][y * p->src_stride + x], p->weights[t], sum);
-      p->dst[y * p->dst_stride + x] = clamp(fmaf(sum, p->scale, p->bias), p->low, p->high);
+  for (size_t c = 0; c < p->num_channels; ++c) {
+    for (size_t y = 0; y < p->num_rows; ++y) {
+      for (size_t x = 0; x < p->row_size; ++x) {
+        float sum = 0.0f;
+        for (size_t t = 0; t < p->num_taps; ++t)
+          sum = fmaf(tap_at(*p, c, p->taps[t], y, x), p->weights[t * kTileN + c], sum);
+        p->dst[c * p->dst_channel_stride + y * p->dst_stride + x] =
+            clamp(fmaf(sum, p->scales[c], p->bias[c]), p->low, p->high);
+      }
     }
   }
 }
@@ -259,17 +316,22 @@ const AfpqKernels kAfpqKernelsScalar = {
     "scalar",
     0,
     128,
+    0,
     expand_s8_afp_scalar,
     expand_s16_afp_scalar,
     expand_f32_afp_scalar,
     gemm_s32_u8_s8_scalar,
     gemm_s32_s16_s16_scalar,
     gemm_f32_f32_f32_scalar,
+    gemm_pixels_f32_u8_s8_scalar,
+    gemm_pixels_f32_s16_s16_scalar,
     range_f32_scalar,
     quantize_u8_f32_scalar,
     quantize_s16_f32_scalar,
     quantize_transpose_u8_f32_scalar,
     quantize_transpose_s16_f32_scalar,
+    quantize_pixels_u8_f32_scalar,
+    quantize_pixels_s16_f32_scalar,
     transpose_f32_scalar,
     combine_f32_s32_scalar,
     store_f32_scalar,
