@@ -191,7 +191,7 @@ void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t 
                const Parallel& parallel) {
   const Taps taps = taps_of(shape);
   const Products products = products_of(*op.kernels, op.rounding.mode, *op.weight);
-  if (taps == Taps::kDirect && conv_fits_pixels(op, shape, products))
+  if (conv_fits_pixels(op, shape, products))
     return conv_pixels(op, shape, products, src, batch, dst, parallel);
   const size_t padded = op.weight->num_tiles * kTileK;
   const Sample sample = allocate_sample(shape, taps, products, padded);
