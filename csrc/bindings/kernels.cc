@@ -211,27 +211,36 @@ void quantize_pixels_s16_f32(const std::string& isa, Array<const float, 2> src, 
                                         &q);
 }
 
-// lhs: [groups, pixel_stride, steps], rhs: [num_tiles, 64], dst: [num_channels, channel_stride]
+// lhs: [groups, pixel_stride, steps], rhs: [planes, num_tiles, 64], column_sums: [planes,
+// num_channels], dst: [num_channels, channel_stride]
 template <typename Lhs, typename Rhs, auto kMember>
-void gemm_pixels(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 2> rhs,
+void gemm_pixels(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs,
                  size_t num_pixels, int limit, int32_t zero_point,
-                 Array<const int32_t, 1> column_sums, Array<const float, 1> scales,
+                 Array<const int32_t, 2> column_sums, Array<const float, 1> scales,
                  Array<const float, 1> bias, float row_scale, float low, float high,
                  Array<float, 2> dst) {
   const size_t channels = dst.shape(0);
-  require(lhs.shape(2) == 4 / sizeof(Lhs) && rhs.shape(1) == kTileCodes &&
-              lhs.shape(0) * lhs.shape(2) == rhs.shape(0) * kTileK,
-          "lhs must be [groups, pixel_stride, steps], rhs [num_tiles, 64]");
+  const size_t planes = rhs.shape(0);
+  require(lhs.shape(2) == 4 / sizeof(Lhs) && rhs.shape(2) == kTileCodes &&
+              lhs.shape(0) * lhs.shape(2) == rhs.shape(1) * kTileK,
+          "lhs must be [groups, pixel_stride, steps], rhs [planes, num_tiles, 64]");
+  require(planes == 1 || (planes == 2 && sizeof(Rhs) == 2),
+          "rhs must have one plane, or two of words");
   require(num_pixels >= 1 && num_pixels <= lhs.shape(1) && num_pixels <= dst.shape(1) &&
               lhs.shape(1) % 16 == 0,
           "num_pixels is beyond a stride, or that of lhs is no multiple of 16");
-  require(channels >= 1 && channels <= kTileN && column_sums.shape(0) == channels &&
-              scales.shape(0) == channels && bias.shape(0) == channels,
+  require(channels >= 1 && channels <= kTileN && column_sums.shape(0) == planes &&
+              column_sums.shape(1) == channels && scales.shape(0) == channels &&
+              bias.shape(0) == channels,
           "column_sums, scales and bias must have num_channels, 1..16, elements");
   AfpqPixels args = {};
   args.lhs = lhs.data();
   args.rhs = rhs.data();
-  args.num_tiles = rhs.shape(0);
+  if (planes == 2) {
+    args.rhs_high = rhs.data() + rhs.shape(1) * kTileCodes;
+    args.column_sums_high = column_sums.data() + channels;
+  }
+  args.num_tiles = rhs.shape(1);
   args.pixel_stride = lhs.shape(1);
   args.num_pixels = num_pixels;
   args.num_channels = channels;

@@ -39,9 +39,10 @@ struct Job {
   const size_t steps;  // channels of a dword
   size_t pixels;       // of a strip, less at the end; of taps: whole rows of output
   size_t count;        // strips
-  size_t stride;       // dwords of a row of a panel
+  size_t stride;       // dwords of a row of a panel: odd lines, so that a column spreads over L1
   size_t panel_bytes;
-  size_t block_bytes;  // of 16 channels, expanded
+  size_t plane_bytes;  // of 16 channels, expanded
+  size_t block_bytes;  // of all planes
 
   Job(const Conv& conv, const ConvShape& conv_shape, const Products& conv_products)
       : op(conv),
@@ -58,9 +59,10 @@ struct Job {
     pixels = ceil_div(total, count) * unit;
     if (!taps) pixels = round_up(pixels, kLanePixels);
     count = ceil_div(shape.num_out(), pixels);
-    stride = round_up(pixels, kLanePixels);
+    stride = (round_up(pixels, kLanePixels) / kLanePixels | 1) * kLanePixels;
     panel_bytes = op.weight->k / steps * stride * kDword;
-    block_bytes = op.weight->num_tiles * kTileCodes * products.element_bytes();
+    plane_bytes = op.weight->num_tiles * kTileCodes * products.element_bytes();
+    block_bytes = plane_bytes * products.rhs_planes;
   }
 
   bool words() const { return products.elements == Elements::kWords; }
@@ -166,12 +168,15 @@ void make_panel(const Job& job, const Source& source, size_t strip, uint8_t* pan
 void expand_block(const Job& job, size_t block, uint8_t* dst) {
   const PackedWeight& weight = *job.op.weight;
   const unsigned bits = weight.format.bits();
-  if (job.words()) {
+  const FormatTables& tables = weight.tables;
+  if (!job.words()) {
+    return job.op.kernels->expand_s8_afp(weight.block(block), weight.num_tiles, bits, tables.low,
+                                         reinterpret_cast<int8_t*>(dst));
+  }
+  for (int q = 0; q < job.products.rhs_planes; ++q, dst += job.plane_bytes) {
     job.op.kernels->expand_s16_afp(weight.block(block), weight.num_tiles, bits,
-                                   weight.tables.joined, reinterpret_cast<int16_t*>(dst));
-  } else {
-    job.op.kernels->expand_s8_afp(weight.block(block), weight.num_tiles, bits, weight.tables.low,
-                                  reinterpret_cast<int8_t*>(dst));
+                                   job.products.rhs_planes == 1 ? tables.joined : tables.words[q],
+                                   reinterpret_cast<int16_t*>(dst));
   }
 }
 
@@ -181,10 +186,14 @@ void multiply(const Job& job, const RowQuantizer& quantizer, size_t strip, const
   static constexpr float kNoBias[kTileN] = {};
   const PackedWeight& weight = *job.op.weight;
   const size_t channel = block * kTileN;
-  const bool joined = weight.format.num_planes() > 1;
+  const bool joined = weight.format.num_planes() > job.products.rhs_planes;
   AfpqPixels args = {};
   args.lhs = panel;
   args.rhs = rhs;
+  if (job.products.rhs_planes == 2) {
+    args.rhs_high = rhs + job.plane_bytes;
+    args.column_sums_high = weight.column_sums[1].data() + channel;
+  }
   args.num_tiles = weight.num_tiles;
   args.pixel_stride = job.stride;
   args.num_pixels = job.pixels_of(strip);
@@ -253,11 +262,11 @@ void run_few_strips(const Job& job, const Source& source, uint8_t* panels, float
 bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products) {
   const bool flat = shape.in[0] == 1 && shape.kernel[0] == 1 && shape.out[0] == 1;
   return op.kernels->pixel_lanes && products.elements != Elements::kFloats &&
-         products.lhs_planes == 1 && products.rhs_planes == 1 && op.weight->segments.size() == 1 &&
-         shape.groups == 1 && shape.channels_in % kTileK == 0 && flat &&
-         shape.num_out() >= kLeastLanes && shape.out[2] <= kMostPixels &&
+         products.lhs_planes == 1 && op.weight->segments.size() == 1 && shape.groups == 1 &&
+         shape.channels_in % kTileK == 0 && flat && shape.num_out() >= kLeastLanes &&
+         shape.out[2] <= kMostPixels &&
          (products.elements == Elements::kWords ||
-          op.weight->limits[0] <= op.kernels->a8_byte_limit);
+          (products.rhs_planes == 1 && op.weight->limits[0] <= op.kernels->a8_byte_limit));
 }
 
 void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,

@@ -95,18 +95,22 @@ typedef struct AfpqQuantize {
 //   2^32 dst[c * channel_stride + x] = clamp(fma((float)(S[c][x] - zero_point * column_sums[c]) *
 //                                            scales[c], row_scale, bias[c]))
 // A group is the 4 bytes of 4 steps or of 2 words. The sums fit int32 once the zero point is out.
+// Words with a second plane of weights have S, and a float F, of each, and fma(F_high, 256, F_low)
+// is scaled.
 typedef struct AfpqPixels {
   const void* lhs;  // [groups][pixel_stride][4 bytes], as quantize_pixels writes it
   const void* rhs;  // [num_tiles] of one block of 16 channels, as expand_s8_afp or expand_s16_afp
+  const void* rhs_high;  // the same of the high plane, or null
   size_t num_tiles;
   size_t pixel_stride;  // pixels that can be read in each group: a multiple of 16
   size_t num_pixels;    // 1..pixel_stride
   size_t num_channels;  // 1..16
   int limit;            // of |rhs| if bytes, at most a8_byte_limit
   int32_t zero_point;
-  const int32_t* column_sums;  // [num_channels]
-  const float* scales;         // [num_channels]
-  const float* bias;           // [num_channels]
+  const int32_t* column_sums;       // [num_channels]
+  const int32_t* column_sums_high;  // [num_channels] with rhs_high
+  const float* scales;              // [num_channels]
+  const float* bias;                // [num_channels]
   float row_scale;
   float low, high;  // -inf, +inf: no clamp
   float* dst;
