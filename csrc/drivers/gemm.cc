@@ -11,8 +11,6 @@ namespace {
 
 constexpr size_t kBlockRows =
     48;  // rows whose sums and floats stay in L1 (a multiple of 16 and of 6)
-constexpr size_t kFewRowsTiles =
-    128;  // tiles of k expanded at a time when one block holds all rows: 32 KB
 constexpr size_t kTargetTasks = 8;  // enough for a few threads; the pool is not asked for its size
 
 // The part of a job that one task works on.
@@ -31,8 +29,10 @@ Panel panel_of(const GemmJob& job, size_t index) {
 
 size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps; }
 
-// The three kinds of elements: their types, and the kernels that work on them.
+// The three kinds of elements: their types, the kernels that work on them, and the tiles of k that
+// are expanded at a time when one block holds all rows (of 4 blocks, 16 or 32 KB of integers).
 struct Bytes {
+  static constexpr size_t kFewRowsTiles = 128;
   using Lhs = uint8_t;
   using Rhs = int8_t;
   using Sum = int32_t;
@@ -50,6 +50,7 @@ struct Bytes {
 };
 
 struct Words {
+  static constexpr size_t kFewRowsTiles = 32;
   using Lhs = int16_t;
   using Rhs = int16_t;
   using Sum = int32_t;
@@ -67,6 +68,7 @@ struct Words {
 };
 
 struct Floats {
+  static constexpr size_t kFewRowsTiles = 128;
   using Lhs = float;
   using Rhs = float;
   using Sum = float;
@@ -223,11 +225,11 @@ void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t cou
 // All rows fit one block: k is expanded a little at a time and used while it is in L1.
 template <typename E>
 void gemm_few_rows(const GemmJob& job, const Panel& panel) {
-  const Workspace<E> work(job, kFewRowsTiles, 1);
+  const Workspace<E> work(job, E::kFewRowsTiles, 1);
   const std::vector<Segment>& segments = job.weight->segments;
   for (size_t s = 0; s < segments.size(); ++s) {
-    for (size_t begin = segments[s].begin; begin < segments[s].end; begin += kFewRowsTiles) {
-      const size_t end = std::min(begin + kFewRowsTiles, segments[s].end);
+    for (size_t begin = segments[s].begin; begin < segments[s].end; begin += E::kFewRowsTiles) {
+      const size_t end = std::min(begin + E::kFewRowsTiles, segments[s].end);
       expand_panel(job, panel, begin, end, work);
       sum_tiles(job, panel, 0, job.m, begin, end, begin, end - begin, begin > segments[s].begin,
                 work);

@@ -47,23 +47,84 @@ constexpr size_t kLanes = 8;
   return _mm256_min_ps(high, _mm256_max_ps(low, value));
 }
 
-// Codes 8 * group .. 8 * group + 7 of a tile, one a byte. They take kBits bytes; the 8 bytes read
-// end with the tile at the latest.
-template <unsigned kBits, unsigned kGroup>
-[[gnu::always_inline]] inline long long cut_group(const uint8_t* tile) {
-  constexpr unsigned kFirst = kGroup * kBits, kLast = 8 * kBits - 8,
-                     kAt = kFirst < kLast ? kFirst : kLast;
-  unsigned long long word;
-  __builtin_memcpy(&word, tile + kAt, sizeof(word));
-  return static_cast<long long>(
-      _pdep_u64(word >> (8 * (kFirst - kAt)), 0x0101010101010101ull * ((1u << kBits) - 1)));
+// Cuts 32 codes, those of 8 channels, into bytes. In each 128-bit lane are 16 codes, 2 * kBits
+// bytes:
+//   load       from where 16 bytes end with the tile at the latest
+//   vpshufb    dword c <- the bytes that hold the 4 codes of channel c
+//   vpsrlvd    its first code to bit 0
+// Then shifts and blends bring each code to a byte of its dword (cut_half). Bits above a code are
+// those of its neighbour; every lookup ignores them.
+template <unsigned kBits, unsigned kHalf>
+struct Cutter {
+  static constexpr unsigned kLane = 2 * kBits;
+
+  // Where lane `lane` is loaded from, and how far its codes are from there.
+  static constexpr unsigned begin(unsigned lane) { return (2 * kHalf + lane) * kLane; }
+  static constexpr unsigned at(unsigned lane) {
+    return begin(lane) < 4 * kLane - 16 ? begin(lane) : 4 * kLane - 16;
+  }
+
+  struct Indices {
+    alignas(32) uint8_t bytes[32];
+    alignas(32) uint32_t shifts[8];
+  };
+  static constexpr Indices make_indices() {
+    Indices result = {};
+    for (unsigned i = 0; i < 8; ++i) {
+      const unsigned lane = i / 4, bit = i % 4 * 4 * kBits, from = begin(lane) - at(lane) + bit / 8;
+      result.shifts[i] = bit % 8;
+      for (unsigned b = 0; b < 4; ++b) {
+        const bool used = 8 * b < bit % 8 + 4 * kBits;
+        result.bytes[4 * i + b] = static_cast<uint8_t>(used ? from + b : 128);
+      }
+    }
+    return result;
+  }
+  static constexpr Indices kIndices = make_indices();
+
+  [[gnu::always_inline]] static __m256i dwords(const uint8_t* tile) {
+    const auto load_lane = [&](unsigned lane) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + at(lane)));
+    };
+    const __m256i lanes =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(load_lane(0)), load_lane(1), 1);
+    const auto constant = [](const void* src) {
+      return _mm256_load_si256(static_cast<const __m256i*>(src));
+    };
+    const __m256i codes = _mm256_shuffle_epi8(lanes, constant(kIndices.bytes));
+    if constexpr (kBits % 2 == 0) return codes;
+    return _mm256_srlv_epi32(codes, constant(kIndices.shifts));
+  }
+};
+
+// Upper bytes of words from `upper`, and upper words of dwords.
+[[gnu::always_inline]] inline __m256i join_bytes(__m256i lower, __m256i upper) {
+  return _mm256_blendv_epi8(lower, upper, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
+}
+[[gnu::always_inline]] inline __m256i join_words(__m256i lower, __m256i upper) {
+  return _mm256_blend_epi16(lower, upper, 0xaa);
 }
 
 template <unsigned kBits, unsigned kHalf>
 [[gnu::always_inline]] inline __m256i cut_half(const uint8_t* tile) {
-  return _mm256_set_epi64x(
-      cut_group<kBits, 4 * kHalf + 3>(tile), cut_group<kBits, 4 * kHalf + 2>(tile),
-      cut_group<kBits, 4 * kHalf + 1>(tile), cut_group<kBits, 4 * kHalf>(tile));
+  const __m256i codes = Cutter<kBits, kHalf>::dwords(tile);
+  const __m256i words = join_words(codes, _mm256_slli_epi32(codes, 16 - 2 * kBits));
+  return join_bytes(words, _mm256_slli_epi16(words, 8 - kBits));
+}
+
+// The same in the order of steps 0 2 1 3, so that even bytes are steps 0 and 1.
+template <unsigned kBits, unsigned kHalf>
+[[gnu::always_inline]] inline __m256i cut_half_pairs(const uint8_t* tile) {
+  const __m256i codes = Cutter<kBits, kHalf>::dwords(tile);
+  const __m256i from_1 = _mm256_slli_epi32(codes, 16 - kBits);
+  if constexpr (kBits <= 5) {  // three codes fit a word
+    const __m256i words = join_words(codes, from_1);
+    return join_bytes(words, kBits <= 4 ? _mm256_slli_epi16(words, 8 - 2 * kBits)
+                                        : _mm256_srli_epi16(words, 2 * kBits - 8));
+  } else {
+    return join_words(join_bytes(codes, _mm256_srli_epi32(codes, 2 * kBits - 8)),
+                      join_bytes(from_1, _mm256_slli_epi32(codes, 24 - 3 * kBits)));
+  }
 }
 
 // Entries of a table of 16 << kLevel bytes: vpshufb reads 4 bits of an index, blends by the sign
@@ -102,17 +163,38 @@ void expand_s8_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, con
   kExpand[bits - 2](src, num_tiles, table, dst);
 }
 
-// Words are looked up byte by byte. Unpacking low and high bytes joins them, once each 128-bit lane
-// has the bytes of its 4 channels' steps 0 and 1 before those of steps 2 and 3.
+// Words of tables that fit bytes: even bytes and odd bytes, with their signs.
+template <unsigned kBits>
+void expand_s16_bytes(const uint8_t* __restrict src, size_t num_tiles,
+                      const int8_t* __restrict table, int16_t* __restrict dst) {
+  constexpr int kLevel = kBits <= 4 ? 0 : static_cast<int>(kBits) - 4;
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  const auto expand_half = [&](__m256i code, int16_t* to) {
+    const __m256i bytes = lookup<kLevel>(table, code, _mm256_and_si256(code, low_bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * kTileN), _mm256_srai_epi16(bytes, 8));
+  };
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * kBits, dst += kTileCodes) {
+    expand_half(cut_half_pairs<kBits, 0>(src), dst);
+    expand_half(cut_half_pairs<kBits, 1>(src), dst + kTileN);
+  }
+}
+
+// Others are looked up byte by byte. Unpacking low and high bytes joins them, once each 128-bit
+// lane has the bytes of its 4 channels' steps 0 and 1 before those of steps 2 and 3.
 template <unsigned kBits>
 void expand_s16(const uint8_t* __restrict src, size_t num_tiles, const int16_t* __restrict table,
                 int16_t* __restrict dst) {
   constexpr int kLevel = kBits <= 4 ? 0 : static_cast<int>(kBits) - 4;
   int8_t low[16 << kLevel], high[16 << kLevel];
+  bool fits_bytes = true;
   for (size_t i = 0; i < sizeof(low); ++i) {
     low[i] = static_cast<int8_t>(table[i] & 255);
     high[i] = static_cast<int8_t>(table[i] >> 8);
+    fits_bytes &= table[i] == low[i];
   }
+  if (fits_bytes) return expand_s16_bytes<kBits>(src, num_tiles, low, dst);
   const __m256i low_bits = _mm256_set1_epi8(15);
   const __m256i by_pairs = _mm256_broadcastsi128_si256(
       _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0));
@@ -137,7 +219,7 @@ void expand_s16_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, co
   kExpand[bits - 2](src, num_tiles, table, dst);
 }
 
-// Byte j of dword c is the code of (channel c, step j).
+// Byte j of dword c has the code of (channel c, step j).
 template <unsigned kBits>
 void expand_f32(const uint8_t* __restrict src, size_t num_tiles, const float* __restrict table,
                 float* __restrict dst) {
