@@ -4,85 +4,33 @@ Inputs end where an inaccessible page begins, so that reading past an end is a c
 element off the alignment of vectors.
 """
 
-import ctypes
 import itertools
-import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from kernel_checks import (
+    INF,
+    SCALES,
+    Array,
+    assert_same_bits,
+    clamp,
+    encoded,
+    floats,
+    fma,
+    guarded,
+    output,
+    quantize,
+    words_of,
+)
 
 from afpq import _core
-from afpq.formats import AfpFormat, all_formats, codebook, encode, magnitudes, round_scale
+from afpq.formats import AfpFormat, all_formats, codebook, magnitudes
 
 kernels = _core.kernels
-Array = npt.NDArray[Any]
-INF = float("inf")
 MR, PANEL, TILE = 6, 64, 64
-CANARY = 0xA5
-
-
-def guarded(values: npt.ArrayLike, dtype: npt.DTypeLike = None) -> Array:
-    """A copy that ends at the end of a page; the next page cannot be read."""
-    array = np.ascontiguousarray(values, dtype)
-    if array.nbytes == 0 or not hasattr(ctypes.CDLL(None), "mprotect"):
-        return array
-    page = mmap.PAGESIZE
-    used = -(-array.nbytes // page) * page
-    region = mmap.mmap(-1, used + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + used), page, 0) == 0
-    copy = np.frombuffer(region, array.dtype, array.size, used - array.nbytes).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-@contextmanager
-def output(shape: tuple[int, ...], dtype: npt.DTypeLike, before: Any = 0) -> Iterator[Array]:
-    """An array that holds `before`, between canaries that must be alive at the end."""
-    dtype = np.dtype(dtype)
-    pad, size = 128 + dtype.itemsize, int(np.prod(shape)) * dtype.itemsize
-    memory = np.full(size + 2 * pad, CANARY, np.uint8)
-    array = memory[pad : pad + size].view(dtype).reshape(shape)
-    array[...] = before
-    yield array
-    assert (memory[:pad] == CANARY).all(), "written before the output"
-    assert (memory[pad + size :] == CANARY).all(), "written after the output"
-
-
-def assert_same_bits(actual: Array, expected: Array, note: object = "") -> None:
-    """Equal, with -0 unlike 0 and any NaN like any other."""
-    np.testing.assert_array_equal(actual, expected, err_msg=str(note))
-    if actual.dtype == np.float32:
-        number = ~np.isnan(expected)
-        signs = np.signbit(actual)[number] == np.signbit(expected)[number]
-        assert signs.all(), f"a zero of the other sign {note}"
-
-
-def fma(a: Array, b: Array, c: Array) -> Array:
-    """float32 a * b + c with one rounding: the product is exact in float64, the sum is rounded to odd there."""
-    product, addend = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
-    inexact = np.isfinite(total) & (error != 0) & (total.view(np.int64) & 1 == 0)
-    return np.where(inexact, np.nextafter(total, np.copysign(INF, error)), total).astype(np.float32)
-
-
-def clamp(values: Array, low: float, high: float) -> Array:
-    low32, high32 = np.float32(low), np.float32(high)
-    values = np.where(low32 > values, low32, values)
-    return np.where(high32 < values, high32, values)
-
-
-def floats(rng: np.random.Generator, *shape: int) -> Array:
-    return rng.standard_normal(shape).astype(np.float32)
 
 
 # expand
@@ -250,13 +198,6 @@ def test_range_of_negative_zeros_is_positive_zero(isa: str) -> None:
     assert not np.signbit(low) and not np.signbit(high) and finite
 
 
-def quantize(x: Array, inverse_scale: float, zero_point: int, num_planes: int) -> Array:
-    """uint8 [num_planes, ...]"""
-    rounded = np.rint(x * np.float32(inverse_scale)).astype(np.int64) + zero_point
-    q = np.clip(rounded, 0, 255 if num_planes == 1 else 65535)
-    return np.stack([q] if num_planes == 1 else [q >> 8, q & 255]).astype(np.uint8)
-
-
 # Beyond both ends, and many ties.
 QUANTIZERS = [(1, 100.0, 131), (1, 2.0, 0), (1, 30000.0, 255), (2, 9000.0, 32768), (2, 2.0, 65535)]
 
@@ -272,13 +213,6 @@ def test_quantize_rounds_and_clamps(
         with output((planes, count), np.uint8) as dst:
             kernels.quantize_u8_f32(isa, guarded(src), inverse_scale, zero_point, dst)
             assert_same_bits(dst, quantize(src, inverse_scale, zero_point, planes), count)
-
-
-def words_of(planes: Array) -> Array:
-    """What words hold of the bytes that `quantize` gives."""
-    if len(planes) == 1:
-        return planes[0].astype(np.int16)
-    return (planes[0].astype(np.int32) * 256 + planes[1] - 32768).astype(np.int16)
 
 
 @pytest.mark.parametrize(("planes", "inverse_scale", "zero_point"), QUANTIZERS)
@@ -332,13 +266,6 @@ def test_quantize_transpose_makes_rows_of_channels(isa: str, planes: int, count:
 
 # Formats of activations: integers that fit a byte, with a mantissa.
 BYTE_FORMATS = [fmt for fmt in (*all_formats(), *all_formats(signed=False)) if fmt.fits_activations]
-SCALES = round_scale(AfpFormat(0, 1), [2.0**-126, 0.00731, 0.6667, 1.0, 3.1, 2.0**100], "real")
-
-
-def encoded(x: Array, fmt: AfpFormat, scale: np.float32) -> Array:
-    """The bytes of the integers of the definition's codes."""
-    integers = codebook(fmt)[encode(x, fmt, scale)]
-    return (integers + (128 if fmt.signed else 0)).astype(np.uint8)
 
 
 def hard_cases(fmt: AfpFormat, scale: np.float32) -> Array:
@@ -396,87 +323,12 @@ def test_nan_quantizes_to_the_lowest_integer_of_a_format(isa: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])
-@pytest.mark.parametrize("rounding", ["a8", "a16", "e0m7", "ue2m5"])
-def test_quantize_pixels_joins_channels(isa: str, rounding: str, count: int) -> None:
-    planes, text, scale = 1 + (rounding == "a16"), "", 0.0
-    inverse_scale, zero_point = (9000.0, 32768) if rounding == "a16" else (100.0, 131)
-    if rounding[0] != "a":
-        text, scale = rounding, SCALES[1]
-    for channels in (4, 8, 12, 40):
-        src = floats(np.random.default_rng(channels), channels, count + channels % 8)
-        used = src[:, :count]
-        q = quantize(used, inverse_scale, zero_point, planes)
-        if text:
-            q = encoded(used, AfpFormat.parse(text), scale)[None]
-        stride = count + channels % 3
-        src = guarded(src)
-        with output((channels // 2, stride, 2), np.int16, 7) as dst:
-            kernels.quantize_pixels_s16_f32(
-                isa, src, count, inverse_scale, zero_point, 256**planes, dst, text, scale
-            )
-            expected = words_of(q).reshape(-1, 2, count).swapaxes(1, 2)
-            assert_same_bits(dst[:, :count], expected, channels)
-            assert (dst[:, count:] == 7).all()
-        if planes == 1:
-            with output((channels // 4, stride, 4), np.uint8, 7) as dst:
-                kernels.quantize_pixels_u8_f32(
-                    isa, src, count, inverse_scale, zero_point, dst, text, scale
-                )
-                expected = q.reshape(-1, 4, count).swapaxes(1, 2)
-                assert_same_bits(dst[:, :count], expected, channels)
-                assert (dst[:, count:] == 7).all()
-
-
-@pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])
 def test_transpose_makes_rows_of_channels(isa: str, count: int) -> None:
     for channels in (*range(1, 42), 63, 64, 96, 144):
         src = floats(np.random.default_rng(channels), channels, count + channels % 2 * 5)
         with output((count, channels), np.float32) as dst:
             kernels.transpose_f32(isa, guarded(src), dst)
             assert_same_bits(dst, src[:, :count].T, channels)
-
-
-# products with pixels in the lanes
-
-
-def pixel_sums(lhs: Array, rhs: Array, zero_point: int, channels: int) -> Array:
-    """lhs: [groups, pixels, steps], rhs: [tiles, 64] -> exact sums as float32 [channels, pixels]."""
-    weights = rhs.reshape(len(lhs), 16, -1)[:, :channels].astype(np.int64)
-    return np.einsum("gxj,gcj->cx", lhs.astype(np.int64) - zero_point, weights).astype(np.float32)
-
-
-@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 11, 40])
-@pytest.mark.parametrize("kind", [1, 16, 17, 32, 33, 64, 128, "words", "pairs"])
-def test_gemm_of_pixels_is_exact_and_rounds_once(isa: str, kind: Any, tiles: int) -> None:
-    words = isinstance(kind, str)
-    if not words and kind > (64 if isa == "avx2" else 128):
-        return  # beyond what the table says it takes as bytes
-    steps, planes = 2 if words else 4, 1 + (kind == "pairs")
-    for pixels, channels in [(n, 1 + n % 16) for n in (*range(1, 36), 49, 196)]:
-        rng = np.random.default_rng(pixels)
-        shape = (4 * tiles // steps, -(-pixels // 16) * 16, steps)
-        if words:
-            lhs = rng.integers(-(2**15), 2**15, shape, np.int16)
-            rhs = rng.integers(-300 // tiles, 300 // tiles, (planes, tiles, 64), np.int16)
-            zero_point, limit = int(rng.integers(-(2**15), 2**15)), 0
-        else:
-            lhs = rng.integers(0, 256, shape, np.uint8)
-            rhs = rng.integers(-kind, min(kind, 127), (1, tiles, 64), endpoint=True).astype(np.int8)
-            zero_point, limit = int(rng.integers(0, 256)), kind
-        columns = rhs.reshape(planes, -1, 16, steps).sum((1, 3), dtype=np.int32)[:, :channels]
-        scales, bias = floats(rng, channels), floats(rng, channels)
-        low, high = [(-INF, INF), (0.0, 6.0)][pixels % 2]
-        value = pixel_sums(lhs[:, :pixels], rhs[0], zero_point, channels)
-        if planes == 2:
-            more = pixel_sums(lhs[:, :pixels], rhs[1], zero_point, channels)
-            value = fma(more, np.float32(256), value)
-        expected = fma(value * scales[:, None], np.float32(0.3), bias[:, None])
-        run = kernels.gemm_pixels_f32_s16_s16 if words else kernels.gemm_pixels_f32_u8_s8
-        args = [limit, zero_point, guarded(columns), guarded(scales), guarded(bias), 0.3, low, high]
-        with output((channels, pixels + 3), np.float32, 7) as dst:
-            run(isa, guarded(lhs), guarded(rhs), pixels, *args, dst)
-            assert_same_bits(dst[:, :pixels], clamp(expected, low, high), (pixels, channels))
-            assert (dst[:, pixels:] == 7).all()
 
 
 # sums to floats
@@ -530,56 +382,6 @@ def test_store_writes_rows_or_columns(isa: str, rows: int, low: float, high: flo
             kernels.store_f32(isa, *args, 1, rows + 3, dst.reshape(-1))
             assert_same_bits(dst[:, :rows], expected.T, channels)
             assert (dst[:, rows:] == 7).all(), channels
-
-
-# rows and columns of an output plane, then of an input plane
-PLANAR_SHAPES = [
-    *[(2, n, 3, n + 2) for n in range(1, 28)], (1, 70, 3, 70), (7, 7, 7, 7), (9, 8, 9, 8), (14, 14, 14, 14),
-    (11, 29, 11, 29), (5, 40, 4, 33), (6, 3, 2, 1), (4, 16, 20, 50), (12, 33, 30, 90),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("num_taps", [0, 1, 2, 8, 9, 10])
-@pytest.mark.parametrize("column_step", [1, 2, 3])
-@pytest.mark.parametrize("row_step", [1, 2])
-def test_planar_is_one_chain_of_taps_that_are_0_outside(
-    isa: str, row_step: int, column_step: int, num_taps: int
-) -> None:
-    for rows, columns, src_rows, src_columns in PLANAR_SHAPES:
-        rng = np.random.default_rng(rows + columns)
-        channels, shared = 1 + columns % 3, rows % 2
-        src = floats(rng, 1 if shared else channels, 2, src_rows, src_columns)
-        taps = rng.integers([0, -2, -3], [2, 3, 4], (num_taps, 3), np.int32)
-        weights = rng.integers(-5, 6, (num_taps, 16)).astype(np.float32)
-        total = np.zeros((channels, rows, columns), np.float32)
-        for (plane, row, column), weight in zip(taps, weights[:, :channels, None, None]):
-            y, x = np.arange(rows) * row_step + row, np.arange(columns) * column_step + column
-            inside = np.outer((y >= 0) & (y < src_rows), (x >= 0) & (x < src_columns))
-            at = np.ix_(y.clip(0, src_rows - 1), x.clip(0, src_columns - 1))
-            tap = np.stack([channel[plane][at] for channel in src])
-            total = fma(np.where(inside, tap, np.float32(0)), weight, total)
-        scales, bias = floats(rng, channels), floats(rng, channels)
-        low, high = [(-INF, INF), (0.0, 6.0)][rows % 2]
-        expected = clamp(fma(total, scales[:, None, None], bias[:, None, None]), low, high)
-        planes = [guarded(src), guarded(taps), guarded(weights), row_step, column_step]
-        with output((channels, rows, columns + rows % 3), np.float32, 7) as dst:
-            kernels.planar_f32(
-                isa, *planes, guarded(scales), guarded(bias), low, high, columns, dst
-            )
-            assert_same_bits(dst[..., :columns], expected, (rows, columns, src_rows, src_columns))
-            assert (dst[..., columns:] == 7).all()
-
-
-@pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize("num_rows", [1, 2, 3])
-def test_pick_takes_every_step_th_element(isa: str, num_rows: int, step: int) -> None:
-    for count in (*range(1, 71), 112):
-        rng = np.random.default_rng(count)
-        src = floats(rng, num_rows, (count - 1) * step + 1 + count % 2 * (num_rows - 1))
-        with output((num_rows, count + num_rows - 1), np.float32, 7) as dst:
-            kernels.pick_f32(isa, guarded(src), step, count, dst)
-            assert_same_bits(dst[:, :count], src[:, ::step][:, :count], count)
-            assert (dst[:, count:] == 7).all()
 
 
 # choice of a table

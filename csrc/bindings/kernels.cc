@@ -16,27 +16,11 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "drivers/gemm.h"
-#include "kernels/dispatch.h"
+#include "bindings/kernel_arguments.h"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
-
-template <typename T, int kAxes>
-using Array = nb::ndarray<T, nb::ndim<kAxes>, nb::c_contig, nb::device::cpu>;
-
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-const AfpqKernels& table_of(const std::string& isa) {
-  const char* error = "";
-  const AfpqKernels* kernels = afpq::select_kernels(isa.c_str(), &error);
-  if (kernels == nullptr) throw std::invalid_argument(error);
-  return *kernels;
-}
 
 std::vector<std::string> isa_names() {
   const std::vector<const char*> names = afpq::isa_names();
@@ -49,6 +33,8 @@ std::string active_isa() {
   if (kernels == nullptr) throw std::invalid_argument(error);
   return kernels->isa;
 }
+
+int a8_byte_limit(const std::string& isa) { return table_of(isa).a8_byte_limit; }
 
 // dst: [num_tiles, 64]
 template <typename T, auto kMember>
@@ -104,30 +90,6 @@ std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const flo
   return {low, high, finite != 0};
 }
 
-// Fixed point, or the static format of a scale > 0.
-AfpqQuantize quantizer(float inverse_scale, int32_t zero_point, const std::string& format,
-                       float scale, uint8_t* planes, size_t num_planes, size_t size) {
-  require(num_planes == 1 || num_planes == 2, "dst must have 1 or 2 planes");
-  AfpqQuantize q = {};
-  if (scale > 0) {
-    require(num_planes == 1, "a format needs dst with 1 plane");
-    afpq::LhsRounding rounding;
-    rounding.mode = afpq::Activations::kA8;
-    rounding.scale = scale;
-    require(afpq::parse_format(format.c_str(), &rounding.format) &&
-                afpq::fits_activations(rounding.format),
-            "no such format of activations");
-    q = afpq::row_quantizer(rounding, 0, 0, true).quantize;
-  } else {
-    q.inverse_scale = inverse_scale;
-    q.zero_point = zero_point;
-    q.num_planes = static_cast<int>(num_planes);
-  }
-  q.planes[0] = planes;
-  q.planes[1] = planes + size;
-  return q;
-}
-
 // dst: [num_planes, count]
 void quantize_u8_f32(const std::string& isa, Array<const float, 1> src, float inverse_scale,
                      int32_t zero_point, Array<uint8_t, 2> dst, const std::string& format,
@@ -150,16 +112,6 @@ void quantize_transpose_u8_f32(const std::string& isa, Array<const float, 2> src
   table_of(isa).quantize_transpose_u8_f32(src.data(), src.shape(1), channels, count, &q);
 }
 
-// The quantizer of `levels` 256 or 65536, or of a format, writing words.
-AfpqQuantize word_quantizer(float inverse_scale, int32_t zero_point, const std::string& format,
-                            float scale, int levels, int16_t* words) {
-  require(levels == 256 || levels == 65536, "levels must be 256 or 65536");
-  AfpqQuantize q =
-      quantizer(inverse_scale, zero_point, format, scale, nullptr, levels == 256 ? 1 : 2, 0);
-  q.words = words;
-  return q;
-}
-
 // dst: [count]
 void quantize_s16_f32(const std::string& isa, Array<const float, 1> src, float inverse_scale,
                       int32_t zero_point, int levels, Array<int16_t, 1> dst,
@@ -180,81 +132,6 @@ void quantize_transpose_s16_f32(const std::string& isa, Array<const float, 2> sr
       word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
   table_of(isa).quantize_transpose_s16_f32(src.data(), src.shape(1), dst.shape(1), dst.shape(0),
                                            &q);
-}
-
-// src: [num_channels, src_stride], dst: [num_channels / 2, pixel_stride, 2] or [num_channels / 4,
-// pixel_stride, 4]
-template <typename T>
-void check_pixels(Array<const float, 2> src, size_t count, Array<T, 3> dst) {
-  require(dst.shape(2) == 4 / sizeof(T) && src.shape(0) == dst.shape(0) * dst.shape(2),
-          "dst must be [num_channels / steps, pixel_stride, steps]");
-  require(src.shape(0) % kTileK == 0, "num_channels must be a multiple of 4");
-  require(count <= src.shape(1) && count <= dst.shape(1), "count is beyond a stride");
-}
-
-void quantize_pixels_u8_f32(const std::string& isa, Array<const float, 2> src, size_t count,
-                            float inverse_scale, int32_t zero_point, Array<uint8_t, 3> dst,
-                            const std::string& format, float scale) {
-  check_pixels(src, count, dst);
-  const AfpqQuantize q = quantizer(inverse_scale, zero_point, format, scale, dst.data(), 1, 0);
-  table_of(isa).quantize_pixels_u8_f32(src.data(), src.shape(1), src.shape(0), count, dst.shape(1),
-                                       &q);
-}
-
-void quantize_pixels_s16_f32(const std::string& isa, Array<const float, 2> src, size_t count,
-                             float inverse_scale, int32_t zero_point, int levels,
-                             Array<int16_t, 3> dst, const std::string& format, float scale) {
-  check_pixels(src, count, dst);
-  const AfpqQuantize q =
-      word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
-  table_of(isa).quantize_pixels_s16_f32(src.data(), src.shape(1), src.shape(0), count, dst.shape(1),
-                                        &q);
-}
-
-// lhs: [groups, pixel_stride, steps], rhs: [planes, num_tiles, 64], column_sums: [planes,
-// num_channels], dst: [num_channels, channel_stride]
-template <typename Lhs, typename Rhs, auto kMember>
-void gemm_pixels(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs,
-                 size_t num_pixels, int limit, int32_t zero_point,
-                 Array<const int32_t, 2> column_sums, Array<const float, 1> scales,
-                 Array<const float, 1> bias, float row_scale, float low, float high,
-                 Array<float, 2> dst) {
-  const size_t channels = dst.shape(0);
-  const size_t planes = rhs.shape(0);
-  require(lhs.shape(2) == 4 / sizeof(Lhs) && rhs.shape(2) == kTileCodes &&
-              lhs.shape(0) * lhs.shape(2) == rhs.shape(1) * kTileK,
-          "lhs must be [groups, pixel_stride, steps], rhs [planes, num_tiles, 64]");
-  require(planes == 1 || (planes == 2 && sizeof(Rhs) == 2),
-          "rhs must have one plane, or two of words");
-  require(num_pixels >= 1 && num_pixels <= lhs.shape(1) && num_pixels <= dst.shape(1) &&
-              lhs.shape(1) % 16 == 0,
-          "num_pixels is beyond a stride, or that of lhs is no multiple of 16");
-  require(channels >= 1 && channels <= kTileN && column_sums.shape(0) == planes &&
-              column_sums.shape(1) == channels && scales.shape(0) == channels &&
-              bias.shape(0) == channels,
-          "column_sums, scales and bias must have num_channels, 1..16, elements");
-  AfpqPixels args = {};
-  args.lhs = lhs.data();
-  args.rhs = rhs.data();
-  if (planes == 2) {
-    args.rhs_high = rhs.data() + rhs.shape(1) * kTileCodes;
-    args.column_sums_high = column_sums.data() + channels;
-  }
-  args.num_tiles = rhs.shape(1);
-  args.pixel_stride = lhs.shape(1);
-  args.num_pixels = num_pixels;
-  args.num_channels = channels;
-  args.limit = limit;
-  args.zero_point = zero_point;
-  args.column_sums = column_sums.data();
-  args.scales = scales.data();
-  args.bias = bias.data();
-  args.row_scale = row_scale;
-  args.low = low;
-  args.high = high;
-  args.dst = dst.data();
-  args.channel_stride = dst.shape(1);
-  (table_of(isa).*kMember)(&args);
 }
 
 // src: [num_channels, src_stride], dst: [count, num_channels]
@@ -311,61 +188,6 @@ void store_f32(const std::string& isa, Array<const float, 2> src, Array<const fl
   table_of(isa).store_f32(&args);
 }
 
-// src: [num_rows, src_stride], dst: [num_rows, dst_stride]
-void pick_f32(const std::string& isa, Array<const float, 2> src, size_t step, size_t count,
-              Array<float, 2> dst) {
-  require(src.shape(0) == dst.shape(0), "src and dst must have as many rows");
-  require(step >= 1 && count >= 1 && count <= dst.shape(1) && (count - 1) * step < src.shape(1),
-          "step or count is beyond a row");
-  table_of(isa).pick_f32(src.data(), src.shape(1), step, src.shape(0), count, dst.shape(1),
-                         dst.data());
-}
-
-// src: [channels or 1, planes, src_rows, src_columns], taps: [num_taps, 3] of plane, row and
-// column, weights: [num_taps, 16], scales and bias: [num_channels], dst: [num_channels, num_rows,
-// dst_stride]
-void planar_f32(const std::string& isa, Array<const float, 4> src, Array<const int32_t, 2> taps,
-                Array<const float, 2> weights, size_t row_step, size_t column_step,
-                Array<const float, 1> scales, Array<const float, 1> bias, float low, float high,
-                size_t row_size, Array<float, 3> dst) {
-  const size_t channels = dst.shape(0), plane = src.shape(2) * src.shape(3);
-  require(taps.shape(1) == 3 && weights.shape(0) == taps.shape(0) && weights.shape(1) == kTileN,
-          "taps must be [num_taps, 3], weights [num_taps, 16]");
-  require(channels >= 1 && channels <= kTileN, "dst must have 1..16 channels");
-  require(src.shape(0) == 1 || src.shape(0) == channels, "src must have as many channels, or one");
-  require(scales.shape(0) == channels && bias.shape(0) == channels,
-          "scales and bias must be [num_channels]");
-  require(row_size <= dst.shape(2), "row_size is beyond the stride of dst");
-  require(row_step >= 1 && column_step >= 1, "steps must be positive");
-  std::vector<AfpqTap> list(taps.shape(0));
-  for (size_t t = 0; t < list.size(); ++t) {
-    const int32_t* tap = taps.data() + 3 * t;
-    require(tap[0] >= 0 && static_cast<size_t>(tap[0]) < src.shape(1), "a tap has no such plane");
-    list[t] = {static_cast<size_t>(tap[0]) * plane, tap[1], tap[2]};
-  }
-  AfpqPlanar args = {};
-  args.src = src.data();
-  args.taps = list.data();
-  args.weights = weights.data();
-  args.scales = scales.data();
-  args.bias = bias.data();
-  args.dst = dst.data();
-  args.num_taps = list.size();
-  args.num_channels = channels;
-  args.src_channel_stride = src.shape(0) == 1 ? 0 : src.shape(1) * plane;
-  args.dst_channel_stride = dst.shape(1) * dst.shape(2);
-  args.src_rows = src.shape(2);
-  args.src_columns = args.src_stride = src.shape(3);
-  args.row_step = row_step;
-  args.column_step = column_step;
-  args.num_rows = dst.shape(1);
-  args.row_size = row_size;
-  args.dst_stride = dst.shape(2);
-  args.low = low;
-  args.high = high;
-  table_of(isa).planar_f32(&args);
-}
-
 }  // namespace
 
 void bind_kernels(nb::module_& module) {
@@ -374,6 +196,7 @@ void bind_kernels(nb::module_& module) {
       module.def_submodule("kernels", "The raw kernel tables, for tests and benchmarks.");
   m.def("isa_names", isa_names, "Names of the supported tables, best first.");
   m.def("active_isa", active_isa, "The table this process runs, after AFPQ_ISA.");
+  m.def("a8_byte_limit", a8_byte_limit, "Of |rhs|, for gemm_pixels_f32_u8_s8.");
   m.def("expand_s8_afp", expand<int8_t, &K::expand_s8_afp>);
   m.def("expand_s16_afp", expand<int16_t, &K::expand_s16_afp>);
   m.def("expand_f32_afp", expand<float, &K::expand_f32_afp>);
@@ -389,15 +212,8 @@ void bind_kernels(nb::module_& module) {
         "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
   m.def("quantize_transpose_s16_f32", quantize_transpose_s16_f32, "isa"_a, "src"_a,
         "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
-  m.def("quantize_pixels_u8_f32", quantize_pixels_u8_f32, "isa"_a, "src"_a, "count"_a,
-        "inverse_scale"_a, "zero_point"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
-  m.def("quantize_pixels_s16_f32", quantize_pixels_s16_f32, "isa"_a, "src"_a, "count"_a,
-        "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
-  m.def("gemm_pixels_f32_u8_s8", gemm_pixels<uint8_t, int8_t, &K::gemm_pixels_f32_u8_s8>);
-  m.def("gemm_pixels_f32_s16_s16", gemm_pixels<int16_t, int16_t, &K::gemm_pixels_f32_s16_s16>);
   m.def("transpose_f32", transpose_f32);
   m.def("combine_f32_s32", combine_f32_s32);
   m.def("store_f32", store_f32);
-  m.def("pick_f32", pick_f32);
-  m.def("planar_f32", planar_f32);
+  bind_plane_kernels(m);
 }
