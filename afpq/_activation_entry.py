@@ -11,13 +11,15 @@ from afpq.formats import AfpFormat, round_scale
 
 __all__ = ["ActivationEntry", "read_activation"]
 
+_LOWEST, _HIGHEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class ActivationEntry:
     """How every layer that reads `tensor` rounds it: to the nearest `I * scale` of the format.
 
     Raises:
-        PlanError: the format's integers do not fit a byte, or the scale is not a positive bfloat16 number.
+        PlanError: the format's integers do not fit a byte, or the scale is no normal bfloat16 number above 0.
     """
 
     tensor: str
@@ -32,10 +34,9 @@ class ActivationEntry:
                 f"{where}: format {self.format} has no mantissa, or integers beyond a byte "
                 "(127 with a sign, 255 without); write e0m7, e2m4, ue1m7 or ue2m5"
             )
-        scale = np.float32(self.scale)
-        positive = bool(np.isfinite(scale)) and self.scale > 0
-        if not positive or self.scale != float(round_scale(self.format, scale, "real")):
-            raise PlanError(f"{where}: scale {self.scale!r} is not a positive bfloat16 number")
+        _check_range(where, self.scale)
+        if self.scale != float(round_scale(self.format, self.scale, "real")):
+            raise PlanError(f"{where}: scale {self.scale!r} is not a bfloat16 number")
 
     def fields(self) -> dict[str, Any]:
         """The entry as a JSON object."""
@@ -64,8 +65,16 @@ def read_activation(index: int, item: object) -> ActivationEntry:
     except FormatError as error:
         raise PlanError(f"{fields.where}: {error}") from error
     scale = fields.number("scale", optional=False)
-    if not scale:
-        raise PlanError(f"{fields.where}: scale {scale!r} is not positive")
-    stored = float(round_scale(fmt, np.float32(scale), "real"))
+    assert scale is not None
+    _check_range(fields.where, scale)
+    stored = float(round_scale(fmt, scale, "real"))
     known = fields.number("error", optional=True) if stored == scale else None
     return ActivationEntry(tensor, fmt, stored, known)
+
+
+def _check_range(where: str, scale: float) -> None:
+    if not _LOWEST <= scale <= _HIGHEST:
+        raise PlanError(
+            f"{where}: scale {scale!r} is not in the range {_LOWEST:.8g}..{_HIGHEST:.8g} "
+            "of normal float32 numbers"
+        )

@@ -18,7 +18,8 @@ from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._judge import WORST_LOSS
 from afpq._probe import Feeds, random_feeds
-from afpq._ways import Way, find_ways, gain, refitted
+from afpq._way import Way
+from afpq._ways import find_ways, gain, refitted
 from afpq.activations import choose_activations
 from afpq.calibrate import Stats
 from afpq.compensate import MAX_SAMPLES
@@ -57,6 +58,7 @@ def build_graph(
         budget=job.budget,
         objective=plan.objective,
         predicted_loss=plan.predicted_loss,
+        frontier=plan.frontier,
         layers=layer_facts(plan.entries, sqnr),
         left_float=_left_float(job, plan),
         float_bytes=_float_bytes(job.model, tensors),

@@ -47,7 +47,7 @@ __all__ = [
     "threads_option",
 ]
 
-REPORT_SUFFIXES = (".md", ".json")
+REPORT_SUFFIXES = (".html", ".md", ".json")
 
 _SHOW_AFTER_S = 2.0  # faster stages show nothing on a terminal
 _REPEAT_S = 10.0  # off a terminal, a line at most this often inside a stage
@@ -112,7 +112,7 @@ def check_report_suffix(path: Path) -> None:
         UsageError: the suffix is not supported.
     """
     if path.suffix not in REPORT_SUFFIXES:
-        known = " and ".join(REPORT_SUFFIXES)
+        known = f"{', '.join(REPORT_SUFFIXES[:-1])} and {REPORT_SUFFIXES[-1]}"
         raise click.UsageError(f"report {path}: the supported suffixes are {known}")
 
 
@@ -162,6 +162,8 @@ def format_change(before: int, after: int) -> str:
 
 def format_ratio(before: int, after: int) -> str:
     """`5.9x smaller`."""
+    if after == before:
+        return "the same size"
     if after <= before:
         return f"{before / max(after, 1):.2f}x smaller"
     return f"{after / max(before, 1):.2f}x LARGER"
@@ -253,7 +255,8 @@ class StageProgress:
             self._draw(done, total)
         elif not self.terminal and now - self.printed > _REPEAT_S:
             self.printed = now
-            self._line(f"{stage}: {done} of {total}, {elapsed:.0f} s")
+            left = elapsed * (total - done) / max(done, 1)
+            self._line(f"{stage}: {done} of {total}, {elapsed:.0f} s, about {left:.0f} s left")
 
     def close(self) -> None:
         """Removes the bar."""

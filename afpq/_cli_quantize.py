@@ -2,13 +2,15 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from afpq._cli_config import config_options, save_config
 from afpq._cli_output import (
     StageProgress,
     check_output,
@@ -24,6 +26,7 @@ from afpq._cli_result import print_dry_run, print_result
 from afpq.errors import PlanError
 
 if TYPE_CHECKING:
+    from afpq.journal import Journal
     from afpq.quantize import Job, QuantizedModel
 
 __all__ = ["quantize"]
@@ -138,8 +141,19 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
 )
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Show the plan with its exact bytes; write no model.")
-@click.option("--report", type=_FILE, metavar="R.md", help="Also write a report: R.md or R.json.")
+@click.option(
+    "--report",
+    type=_FILE,
+    metavar="R.html",
+    help="Also write a report: R.html, R.md or R.json. Times the model for a second or two.",
+)
 @json_option
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where the same command was interrupted or killed: OUT.onnx.journal keeps what it had finished.",
+)
+@config_options
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 def quantize(model: Path, **options: Any) -> int:
     """Write a packed model: every layer in a small float format of its own.
@@ -176,7 +190,9 @@ class _Options:
     dry_run: bool
     report: Path | None
     as_json: bool
+    resume: bool
     force: bool
+    save_config: Path | None
 
 
 def _quantize(model: Path, options: _Options) -> int:
@@ -185,6 +201,7 @@ def _quantize(model: Path, options: _Options) -> int:
     from afpq.report import write_text
 
     plan = None if options.plan_file is None else read_plan(options.plan_file)
+    journal = _journal_folder(options)
     job = prepare(
         model,
         plan,
@@ -204,10 +221,13 @@ def _quantize(model: Path, options: _Options) -> int:
         overrides=options.overrides,
         seed=options.seed,
         threads=options.threads,
+        journal=journal,
     )
+    if options.save_config is not None:
+        write_text(options.save_config, save_config(click.get_current_context()))
     _say_defaults(job, options)
     result: QuantizedModel | None = None
-    with StageProgress() as progress:
+    with StageProgress() as progress, _going_on(job.journal):
         if job.max_drop is None:
             found, stats = find_plan(job, progress=progress)
         else:
@@ -225,10 +245,42 @@ def _quantize(model: Path, options: _Options) -> int:
                 write_text(options.save_plan, result.plan.to_json())
         assert options.output is not None
         size = result.save(options.output)
-    result.facts = replace(result.facts, command=_command_line(), seconds=dict(progress.seconds))
-    if options.report is not None:
-        result.report(options.report)
+        job.journal.remove()
+        result.facts = replace(
+            result.facts, command=_command_line(), seconds=dict(progress.seconds)
+        )
+        if options.report is not None:
+            result.report(options.report, progress=progress)
     return print_result(job, result, size, as_json=options.as_json)
+
+
+def _journal_folder(options: _Options) -> Path | None:
+    """Where the run keeps what it finishes; what lies there from another run is deleted, except to go on with it."""
+    from afpq.journal import Journal
+
+    if options.output is None or options.dry_run:
+        return None
+    folder = options.output.with_name(f"{options.output.name}.journal")
+    if options.resume and not folder.exists():
+        note(f"nothing to resume ({folder} does not exist): starting from the beginning")
+    if not options.resume and folder.exists():
+        Journal.discard(folder)
+    return folder
+
+
+@contextmanager
+def _going_on(journal: "Journal") -> Iterator[None]:
+    """Says how to go on where a run stops early, and leaves no journal that has nothing in it."""
+    try:
+        yield
+    except BaseException:
+        if not journal.steps():
+            journal.remove()
+        else:
+            note(
+                f"{journal.folder} keeps what was finished: the same command with --resume goes on"
+            )
+        raise
 
 
 def _check_usage(model: Path, options: _Options) -> None:
@@ -246,11 +298,13 @@ def _check_usage(model: Path, options: _Options) -> None:
         raise click.UsageError("--plan already says what every layer gets: edit the plan instead")
     if options.calib is None and (options.preprocess is not None or options.samples is not None):
         raise click.UsageError("--preprocess and --samples need --calib")
+    if options.dry_run and options.resume:
+        raise click.UsageError("--dry-run keeps no journal to --resume from")
     if options.dry_run and options.report is not None:
         raise click.UsageError("--report needs a written model, --dry-run writes none")
     if options.report is not None:
         check_report_suffix(options.report)
-    outputs = [options.output, options.save_plan, options.report]
+    outputs = [options.output, options.save_plan, options.report, options.save_config]
     given = [path.resolve() for path in outputs if path is not None]
     if len(set(given)) < len(given):
         raise click.UsageError("two outputs have the same name")

@@ -52,9 +52,13 @@ class Fields:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise PlanError(f"{self.where}: {name} {value!r} is not a number")
-        if not (math.isfinite(value) and value >= 0):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond every float
+            raise PlanError(f"{self.where}: {name} is an integer beyond all floats") from None
+        if not (math.isfinite(number) and number >= 0):
             raise PlanError(f"{self.where}: {name} {value!r} is not a finite number of at least 0")
-        return float(value)
+        return number
 
 
 def rounded(value: float | None) -> float | None:

@@ -13,9 +13,10 @@ from afpq._costs import DEFAULT_BITS
 from afpq.data import Data, open_data
 from afpq.errors import DataError, ModelError, PlanError, RuntimeUnavailableError
 from afpq.graph import Model, load_model
-from afpq.packed import file_bytes
+from afpq.journal import Journal
+from afpq.packed import file_bytes, model_files
 from afpq.plan import Plan, check_plan, match_names
-from afpq.report import file_facts
+from afpq.report import environment, file_facts
 from afpq.runtime import FloatModel
 from afpq.search import MODES
 
@@ -24,8 +25,25 @@ __all__ = ["DEFAULT_BITS", "Job", "float_tensors", "prepare"]
 MIN_BITS, MAX_BITS = 2.0, 8.0
 ACTIVATIONS = ("a16", "a8", "f32")
 KINDS = ("real", "integer")
+# Facts of the environment that change no bytes of the result.
+_NO_VERSIONS = ("cores", "system", "processor")
 HELD_OUT = 0.25  # of the calibration samples: corrections are proven on them
 MIN_SAMPLES_TO_SPLIT = 8
+_SETTINGS = (  # that decide about the bytes
+    "bits",
+    "size",
+    "max_drop",
+    "activations",
+    "kind",
+    "include",
+    "exclude",
+    "overrides",
+    "mode",
+    "bn_recal",
+    "equalize",
+    "seed",
+)
+_NOTHING_KEPT = Journal()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +69,7 @@ class Job:
     equalize: bool = False
     seed: int = 0
     threads: int = 0
+    journal: Journal = _NOTHING_KEPT
 
     @cached_property
     def source(self) -> Mapping[str, Any]:
@@ -87,6 +106,7 @@ def prepare(
     equalize: bool = False,
     seed: int = 0,
     threads: int = 0,
+    journal: str | Path | None = None,
 ) -> Job:
     """Reads and checks everything that a run needs; see `quantize`."""
     _check_choices(plan, bits, size, max_drop, activations, kind, mode, equalize)
@@ -120,7 +140,7 @@ def prepare(
     if data is None:
         if judged:
             raise PlanError(f"{judged[0]} needs data to judge by")
-        return job
+        return _journaled(job, journal)
     if MODES[mode].learned and find_spec("torch") is None:
         raise RuntimeUnavailableError(
             f"mode {mode} learns rounding with torch, which is missing: pip install 'afpq[torch]', "
@@ -137,7 +157,23 @@ def prepare(
             f"{judged[0]} judges held-out samples, and {opened.num_samples} are too few to hold any out: "
             f"give {least} or more" + (f" (they come {together} at a time)" if together > 1 else "")
         )
-    return replace(job, fit=fit, held_out=held_out, samples=opened, data_name=name)
+    job = replace(job, fit=fit, held_out=held_out, samples=opened, data_name=name)
+    return _journaled(job, journal)
+
+
+def _journaled(job: Job, folder: str | Path | None) -> Job:
+    """With the journal in `folder`, if there is to be one."""
+    if folder is None:
+        return job
+    identity = {
+        "model": {p.name: file_facts(p)["sha256"] for p in model_files(job.model.path)},
+        "data": None if job.samples is None else job.samples.fingerprint(None),
+        "plan": None if job.plan is None else job.plan.plan_hash,
+        **{name: getattr(job, name) for name in _SETTINGS},
+        # Another library may add up in another order.
+        "version of": {k: v for k, v in environment().items() if k not in _NO_VERSIONS},
+    }
+    return replace(job, journal=Journal.open(folder, identity))
 
 
 def _check_choices(

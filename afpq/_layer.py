@@ -1,5 +1,7 @@
 """What a layer is: a node, the constant it multiplies by as a matrix [n, k], and how that matrix lies in the node."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +18,7 @@ __all__ = [
     "TensorInfo",
     "conv_extent",
     "conv_matrix",
+    "is_planar",
     "original_layout",
     "reads_bytes",
 ]
@@ -153,8 +156,11 @@ def reads_bytes(layer: Layer, fmt: AfpFormat) -> bool:
     """Whether kernels round what a layer reads, if its weight has this format: not where they multiply floats."""
     if layer.kind not in ("matmul", "conv") or fmt.kernel_class == "wide":
         return False
-    if layer.conv is None:
-        return True
-    taps = int(np.prod(layer.conv.kernel_shape))
-    channels = layer.k // taps * layer.groups
-    return not _core.conv_is_planar(channels, layer.n, layer.groups, taps)
+    conv = layer.conv
+    return conv is None or not is_planar(layer.n, layer.k, layer.groups, conv.kernel_shape)
+
+
+def is_planar(n: int, k: int, groups: int, kernel_shape: Sequence[int]) -> bool:
+    """Whether a convolution with weights [n, k] runs on float planes: too few channels for dot products."""
+    taps = math.prod(kernel_shape)
+    return bool(_core.conv_is_planar(k // taps * groups, n, groups, taps))

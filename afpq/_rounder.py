@@ -1,11 +1,32 @@
-"""Rounds a float32 tensor inside a graph, by plain ONNX operators, exactly as `formats.fake_quantize` rounds."""
+"""Rounds float32 tensors inside a graph, by plain ONNX operators, exactly as `formats.fake_quantize` rounds."""
+
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from afpq.formats import AfpFormat
 
-__all__ = ["Rounder"]
+__all__ = ["Rounder", "round_inputs"]
+
+
+def round_inputs(
+    graph: ir.Graph, places: Iterable[tuple[ir.Node, int, AfpFormat, float | ir.Value]]
+) -> None:
+    """Rounds what nodes read: (node, operand, format, scale), in the order of execution.
+
+    What several of them read alike is rounded once. Other readers of a tensor keep its float values.
+    """
+    rounded: dict[tuple[ir.Value, AfpFormat, float | ir.Value], ir.Value] = {}
+    for node, position, fmt, scale in places:
+        value = node.inputs[position]
+        assert value is not None
+        key = value, fmt, scale
+        if key not in rounded:
+            rounder = Rounder(graph, f"afpq.rounded.{len(rounded)}")
+            rounded[key] = rounder.round(value, fmt, scale)
+            graph.insert_before(node, rounder.nodes)
+        node.replace_input_with(position, rounded[key])
 
 
 class Rounder:

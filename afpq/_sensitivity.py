@@ -1,12 +1,14 @@
 """How much the network's outputs suffer from the error of one layer: measured at a few formats, read off in between."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Sensitivity"]
+__all__ = ["Sensitivity", "read_sensitivities", "write_sensitivities"]
 
 # Slopes of log(loss) against log(error). Small perturbations have a loss that is linear in the squared error: slope 1
 # below the finest probe, whatever the noise of a small loss says. Beyond the coarsest one losses grow no slower.
@@ -46,3 +48,14 @@ class Sensitivity:
         if len(x) > 1:
             slope = float(np.clip((y[-1] - y[-2]) / (x[-1] - x[-2]), *_SLOPES))
         return float(np.exp(y[-1] + slope * (at - x[-1])))
+
+
+def write_sensitivities(found: Mapping[str, Sensitivity], path: Path) -> None:
+    """As JSON, every digit of them."""
+    path.write_text(json.dumps({name: asdict(s) for name, s in found.items()}), encoding="utf-8")
+
+
+def read_sensitivities(path: Path) -> dict[str, Sensitivity]:
+    """What `write_sensitivities` wrote."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: Sensitivity(tuple(s["errors"]), tuple(s["losses"])) for name, s in found.items()}

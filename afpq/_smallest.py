@@ -51,6 +51,7 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
         mode=job.mode,
         threads=job.threads,
         progress=progress,
+        journal=job.journal,
     )
     trials: list[dict[str, Any]] = []
     best: tuple[tuple[bool, float, float], Drop, Result] | None = None
@@ -62,7 +63,8 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
         plan = with_activations(job, costs.plan(bits=step / STEPS_PER_BIT), stats, progress)
         bits = plan.bits_per_weight
         try:
-            graph, facts = build_graph(job, plan, stats, progress)
+            trial = replace(job, journal=job.journal.scoped(f"{step / STEPS_PER_BIT} bits"))
+            graph, facts = build_graph(trial, plan, stats, progress)
         except NaNError as error:  # too few bits for this network
             failed = error
             trials.append({"bits_per_weight": bits, "percent": None, "met": False})

@@ -2,24 +2,21 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import replace
 
 from afpq._job import Job
 from afpq._judge import choose_objective
+from afpq._way import Way
 from afpq.calibrate import Stats
 from afpq.compensate import MAX_SAMPLES, Choice, compensate
 from afpq.correct import correct_biases
 from afpq.data import Data
-from afpq.packing import PackedTensor
 from afpq.plan import Plan
 from afpq.restore import restore
 from afpq.runtime import FloatModel
 from afpq.search import MODES
 
-__all__ = ["Way", "find_ways", "gain", "refitted"]
+__all__ = ["find_ways", "gain", "refitted"]
 
 # The first of equal ones is kept.
 NEAREST = "nearest rounding"
@@ -29,23 +26,15 @@ LEARNING = "learned rounding"
 RESTORED = ", statistics restored"
 
 Progress = Callable[[str, int, int], None]
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Way:
-    """What one way of rounding and correcting makes of a plan."""
-
-    tensors: Mapping[str, PackedTensor]
-    biases: Mapping[str, Floats]
-    sqnr: Mapping[str, float]
-    constants: Mapping[str, Floats] = field(default_factory=dict)
 
 
 def find_ways(
     job: Job, plan: Plan, stats: Stats, nearest: Way, progress: Progress
 ) -> tuple[dict[str, Way], list[str]]:
-    """All ways that the job's mode and data allow, by name, and in words what could not be tried."""
+    """All ways that the job's mode and data allow, by name, and in words what could not be tried.
+
+    Each is a step of the job's journal.
+    """
     decoded = {name: tensor.decode() for name, tensor in nearest.tensors.items()}
     biases = correct_biases(job.model.layers, stats, decoded)
     corrected = Way(nearest.tensors, biases, nearest.sqnr)
@@ -56,17 +45,19 @@ def find_ways(
     mode = MODES[job.mode]
     if mode.compensated:
         base = COMPENSATION
-        ways[COMPENSATION], left = _compensated(job, job.fit, plan, corrected, progress)
-        if left:
-            notes.append(f"{COMPENSATION} left at nearest rounding: {', '.join(left)}")
+        ways[base] = _step(job, base, _compensated, job.fit, plan, corrected, progress)
+        if ways[base].left:
+            notes.append(f"{COMPENSATION} left at nearest rounding: {', '.join(ways[base].left)}")
     if mode.learned:
-        way = _learned(job, job.fit, plan, ways[base], progress)
-        if isinstance(way, Way):
-            ways[LEARNING] = way
-        else:
-            notes.append(way)
+        from afpq.learn import UnsupportedError  # needs torch
+
+        try:
+            ways[LEARNING] = _step(job, LEARNING, _learned, job.fit, plan, ways[base], progress)
+        except UnsupportedError as error:
+            notes.append(f"{LEARNING} was not tried: {error}")
     if job.bn_recal:
-        ways[base + RESTORED] = _restored(job, job.fit, ways[base], progress)
+        name = base + RESTORED
+        ways[name] = _step(job, name, _restored, job.fit, plan, ways[base], progress)
     return ways, notes
 
 
@@ -81,8 +72,12 @@ def refitted(
         return None
     if job.fit is None or job.samples is None or job.fit.num_samples >= MAX_SAMPLES:
         return None
-    way, _ = _compensated(job, job.samples, plan, ways[BIAS_CORRECTION], progress)
-    return _restored(job, job.samples, way, progress) if kept.endswith(RESTORED) else way
+    again = replace(job, journal=job.journal.scoped("all samples"))
+    start, data = ways[BIAS_CORRECTION], job.samples
+    way = _step(again, COMPENSATION, _compensated, data, plan, start, progress)
+    if not kept.endswith(RESTORED):
+        return way
+    return _step(again, COMPENSATION + RESTORED, _restored, data, plan, way, progress)
 
 
 def gain(losses: Mapping[str, float]) -> dict[str, float] | None:
@@ -93,55 +88,62 @@ def gain(losses: Mapping[str, float]) -> dict[str, float] | None:
     return None
 
 
-def _compensated(
-    job: Job, data: Data, plan: Plan, corrected: Way, progress: Progress
-) -> tuple[Way, list[str]]:
-    """The way, and names of the layers that had to stay at nearest rounding."""
+_Maker = Callable[[Job, Data, Plan, Way, Progress], Way]
+
+
+def _step(
+    job: Job, name: str, make: _Maker, data: Data, plan: Plan, start: Way, progress: Progress
+) -> Way:
+    """What `make` makes of `start`, unless the journal has it."""
+    return job.journal.step(
+        name, lambda: make(job, data, plan, start, progress), Way.save, Way.load
+    )
+
+
+def _compensated(job: Job, data: Data, plan: Plan, start: Way, progress: Progress) -> Way:
     tensors, biases, sqnr = compensate(
         FloatModel(job.model, threads=1),
         data,
         _choices(plan),
-        corrected.tensors,
-        corrected.biases,
+        start.tensors,
+        start.biases,
         num_threads=_threads(job),
         progress=lambda done, total: progress("compensate", done, total),
     )
     left = [x.name for x in job.model.layers if x.weight_name in tensors.keys() - sqnr.keys()]
-    return Way(tensors, biases, {**corrected.sqnr, **sqnr}), left
+    return Way(tensors, biases, {**start.sqnr, **sqnr}, left=tuple(left))
 
 
-def _learned(job: Job, data: Data, plan: Plan, way: Way, progress: Progress) -> Way | str:
-    from afpq.learn import UnsupportedError, learn  # needs torch
+def _learned(job: Job, data: Data, plan: Plan, start: Way, progress: Progress) -> Way:
+    from afpq.learn import learn  # needs torch
 
     network = FloatModel(job.model, threads=1)
     outputs = network.run(next(data.batches(4)))
-    try:
-        tensors, biases = learn(
-            network,
-            data,
-            _choices(plan),
-            way.tensors,
-            way.biases,
-            choose_objective(job.model, [outputs], "auto"),
-            seed=job.seed,
-            num_threads=_threads(job),
-            progress=lambda done, total: progress("learn", done, total),
-        )
-    except UnsupportedError as error:
-        return f"{LEARNING} was not tried: {error}"
-    return Way(tensors, biases, way.sqnr)
+    tensors, biases = learn(
+        network,
+        data,
+        _choices(plan),
+        start.tensors,
+        start.biases,
+        choose_objective(job.model, [outputs], "auto"),
+        seed=job.seed,
+        num_threads=_threads(job),
+        progress=lambda done, total: progress("learn", done, total),
+        journal=job.journal.scoped(LEARNING),
+    )
+    return Way(tensors, biases, start.sqnr)
 
 
-def _restored(job: Job, data: Data, way: Way, progress: Progress) -> Way:
+def _restored(job: Job, data: Data, plan: Plan, start: Way, progress: Progress) -> Way:
     restored = restore(
         FloatModel(job.model, threads=1),
         data,
-        way.tensors,
-        way.biases,
+        start.tensors,
+        start.biases,
         num_threads=_threads(job),
         progress=lambda done, total: progress("restore", done, total),
     )
-    return Way(restored.tensors, restored.biases, way.sqnr, restored.constants)
+    return Way(restored.tensors, restored.biases, start.sqnr, restored.constants)
 
 
 def _choices(plan: Plan) -> dict[str, Choice]:

@@ -27,9 +27,10 @@ from afpq.runtime import FloatModel
 
 __all__ = ["WORSE", "allocate_activations", "choose_activations"]
 
-# Formats of 8 bits whose integers fit a byte. With a sign that is e0m7 alone, so e2m4 of 7 bits stands beside it.
-_SIGNED = (AfpFormat(0, 7), AfpFormat(2, 4))
-_UNSIGNED = (AfpFormat(1, 7, signed=False), AfpFormat(2, 5, signed=False))
+# All integers of a byte. Every other format that fits one has a part of them, and can only lose at the same scale;
+# exponents pay in fewer bits, see `allocate_activations`.
+_SIGNED = AfpFormat(0, 7)
+_UNSIGNED = AfpFormat(1, 7, signed=False)
 _WIDTHS = range(3, 9)  # of mixed widths
 WORSE = 4.0
 
@@ -70,7 +71,7 @@ def choose_activations(
     chosen: dict[str, ActivationEntry] = {}
     for done, (tensor, drawn) in enumerate(_drawn(model, readers, data), 1):
         allowed = _SIGNED if _sees_negative(readers[tensor], stats) else _UNSIGNED
-        entry, error = drawn.best(tensor, allowed, kind, threads)
+        entry, error = drawn.best(tensor, [allowed], kind, threads)
         if error <= WORSE * drawn.dynamic_error:
             chosen[tensor] = entry
         if progress is not None:
@@ -172,13 +173,14 @@ def _drawn(model: Model, readers: Readers, data: Data) -> Iterable[tuple[str, _D
     samples = data.take(_SAMPLES)
     for names, size in passes(network, samples, list(readers)):
         drawn = {name: _Drawn() for name in names}
+        ways = {name: [(way[0], _energy(way)) for way in _ways(readers[name])] for name in names}
         for number, feed in enumerate(samples.batches(size)):
             share = samples.count(feed) / samples.num_samples
             for name, array in zip(names, network.run(feed, names), strict=True):
                 drawn[name].elements += array.size
-                for ways in _ways(readers[name]):
-                    rows, low, high = _draw(array, ways[0], share, seed=number)
-                    drawn[name].add(rows, low, high, _energy(ways))
+                for layer, energy in ways[name]:
+                    rows, low, high = _draw(array, layer, share, seed=number)
+                    drawn[name].add(rows, low, high, energy)
         yield from drawn.items()
 
 

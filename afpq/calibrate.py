@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from afpq._array_files import load_npz
 from afpq._feeds import Feed
 from afpq._layer import conv_extent
-from afpq._sources import load_npz
 from afpq.data import Data, open_data
 from afpq.errors import DataError
 from afpq.graph import ConvSpec, Layer, Model, load_model

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from afpq._array_files import load_npy, load_npz, npy_items
 from afpq._feeds import Feed, Input, as_inputs
 from afpq._sources import (
     Labels,
@@ -38,9 +39,6 @@ from afpq._sources import (
     array_source,
     image_source,
     item_source,
-    load_npy,
-    load_npz,
-    npy_items,
     repeatable,
 )
 from afpq.errors import AfpqError, DataError
@@ -108,10 +106,10 @@ class Data:
             return self
         return replace(self, units=self.units[_spread(len(self.units), count)])
 
-    def fingerprint(self) -> str:
-        """sha256 over the number of samples and the content of the first 64, hexadecimal."""
+    def fingerprint(self, num_units: int | None = FINGERPRINT_SAMPLES) -> str:
+        """sha256 over the number of samples and the content of the first 64, or all (None), hexadecimal."""
         digest = hashlib.sha256(f"{self.num_samples}".encode())
-        head = replace(self, units=self.units[:FINGERPRINT_SAMPLES])
+        head = replace(self, units=self.units[:num_units])
         for feed in head.batches(1):
             for name, array in sorted(feed.items()):
                 digest.update(f"|{name} {array.dtype} {array.shape}|".encode())

@@ -6,6 +6,7 @@ AfpqError
  |- ModelError(ValueError)       an ONNX model that cannot be read, quantized or written
  |   |- NaNError                  a model whose output is NaN
  |- DataError(ValueError)        calibration or evaluation data that does not fit the model
+ |- JournalError(ValueError)     a journal of another run, or one that cannot be used
  |- RuntimeUnavailableError      a native library or an optional dependency is missing
 
 A message says what is wrong, with which thing (by name), and what would be right.
@@ -15,6 +16,7 @@ __all__ = [
     "AfpqError",
     "DataError",
     "FormatError",
+    "JournalError",
     "ModelError",
     "NaNError",
     "PlanError",
@@ -44,6 +46,10 @@ class NaNError(ModelError):
 
 class DataError(AfpqError, ValueError):
     """Calibration or evaluation data that does not fit the model."""
+
+
+class JournalError(AfpqError, ValueError):
+    """A journal that belongs to another run, is in use, or cannot be read or written."""
 
 
 class RuntimeUnavailableError(AfpqError):

@@ -12,9 +12,12 @@ and its bias. Samples that are not learned from say which state was the best; th
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +28,16 @@ from torch.nn import functional
 from afpq._blocks import block_borders
 from afpq._feeds import Feed
 from afpq._judge import LOWEST_PROBABILITY, Objective, num_classes
+from afpq._learned_weight import LearnedWeight
 from afpq._moments import channel_axis
 from afpq._torch_graph import TorchGraph, UnsupportedError, as_tensor
 from afpq.compensate import Choice
 from afpq.correct import can_correct
 from afpq.data import Data
-from afpq.errors import DataError
-from afpq.formats import AfpFormat, codebook, round_scale
+from afpq.errors import DataError, JournalError
 from afpq.graph import Layer
+from afpq.journal import Journal
 from afpq.packing import PackedTensor
-from afpq.rounding import fake_quantize_rows, quantize_tensor
 from afpq.runtime import FloatModel
 
 __all__ = ["UnsupportedError", "learn"]
@@ -51,6 +54,7 @@ _CHECKS = 8  # how often the held-out samples are asked
 _OFFSET_RATE = 0.02  # steps
 _SCALE_RATE = 1e-3  # relative
 _BIAS_RATE = 3e-3  # deviations of the output
+_STATE = "state"  # the journal's step
 _BLOCKS = 1.0  # what the blocks' error counts beside the outputs'
 
 
@@ -65,6 +69,7 @@ def learn(
     seed: int = 0,
     num_threads: int = 1,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> tuple[dict[str, PackedTensor], dict[str, Floats]]:
     """Learns codes, scales and biases of all quantized tensors at once.
 
@@ -78,6 +83,7 @@ def learn(
         seed: draws the order of samples.
         num_threads: the result is the same for any number.
         progress: is told what is done and how much there is.
+        journal: keeps the state at each check; learning goes on from the last one, to the same result.
 
     Returns:
         The tensors by weight_name, and biases by layer name.
@@ -95,17 +101,24 @@ def learn(
         learner = _Learner(network, choices, start, biases, objective, pool)
         learned, held_out = learner.feeds(fitted), learner.feeds(judged)
         network.run(held_out[0], learner.names)  # starts the session that all threads use
-        best = learner.state()
-        least = learner.judge(held_out, best)
-        random = np.random.default_rng(seed)
-        for step in learner.fit(learned, random):
-            if step % (_STEPS // _CHECKS) == 0:
+        fit = _Fit(learner, learned, seed)
+        saved = None if journal is None else journal.find(_STATE)
+        if saved is None:
+            best = learner.state()
+            least = learner.judge(held_out, best)
+        else:
+            best, least = fit.load(saved, start)
+        while fit.num_steps < _STEPS:
+            fit.take_step()
+            if fit.num_steps % (_STEPS // _CHECKS) == 0:
                 state = learner.state()
                 loss = learner.judge(held_out, state)
                 if loss < least:
                     best, least = state, loss
+                if journal is not None:
+                    journal.keep(_STATE, partial(fit.save, best=best, least=least))
             if progress is not None:
-                progress(step, _STEPS)
+                progress(fit.num_steps, _STEPS)
     tensors, shifted = best
     return {**start, **tensors}, {**biases, **shifted}
 
@@ -140,18 +153,18 @@ class _Learner:
         self.names = (*self._graph.context, *self._graph.outputs)  # read from the float network
         self._layers = self._graph.layers
         names = {layer.weight_name for layer in self._layers}
-        self._weights = {n: _Weight(tensors[n], choices[n].kind) for n in sorted(names)}
-        self._start = {
+        self.weights = {n: LearnedWeight(tensors[n], choices[n].kind) for n in sorted(names)}
+        self.start = {
             x.name: as_tensor(np.array(_bias(x, biases), np.float32))
             for x in self._layers
             if can_correct(x)
         }
-        self._biases = dict(self._start)
+        self.biases = dict(self.start)
 
     def state(self) -> _State:
         """The tensors and biases as they are stored."""
-        tensors = {n: w.stored() for n, w in self._weights.items()}
-        return tensors, {n: b.numpy().copy() for n, b in self._biases.items()}
+        tensors = {n: w.stored() for n, w in self.weights.items()}
+        return tensors, {n: b.numpy().copy() for n, b in self.biases.items()}
 
     def feeds(self, data: Data) -> list[Feed]:
         """Samples in small batches, grouped once and for all: shapes that a network computes may depend on them."""
@@ -179,41 +192,10 @@ class _Learner:
         found = list(self._pool.map(losses, feeds))
         return float(np.average([x for x, _ in found], weights=[n for _, n in found]))
 
-    def fit(self, feeds: Sequence[Feed], random: np.random.Generator) -> Iterator[int]:
-        """Takes `_STEPS` steps, and yields after each how many there were; rates fall as half a cosine."""
-        powers = self._powers(feeds)
-        units = self._deviations(self._read(feeds[0]))
-        shifts = {n: torch.zeros_like(b) for n, b in self._start.items()}
-        scales = [w.log_scale for w in self._weights.values() if w.kind == "real"]
-        groups = (
-            ([w.offset for w in self._weights.values()], _OFFSET_RATE),
-            (scales, _SCALE_RATE),
-            (list(shifts.values()), _BIAS_RATE),
-        )
-        optimizer = torch.optim.Adam(
-            [{"params": p, "lr": rate, "rate": rate} for p, rate in groups if p], betas=(0.9, 0.99)
-        )
-        order: list[int] = []
-        for step in range(_STEPS):
-            while len(order) < _MICRO_BATCHES:
-                order.extend(random.permutation(len(feeds)).tolist())
-            picked, order = order[:_MICRO_BATCHES], order[_MICRO_BATCHES:]
-            of_biases = self._set_gradients([feeds[i] for i in picked], powers)
-            for name, gradient in of_biases.items():
-                shifts[name].grad = gradient * units[name]
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / _STEPS))
-            optimizer.step()
-            for weight in self._weights.values():
-                weight.stay_near()
-            for name, shift in shifts.items():
-                self._biases[name] = self._start[name] + shift * units[name]
-            yield step + 1
-
-    def _set_gradients(self, feeds: Sequence[Feed], powers: Sequence[float]) -> dict[str, Tensor]:
+    def set_gradients(self, feeds: Sequence[Feed], powers: Sequence[float]) -> dict[str, Tensor]:
         """Sets those of all weights, and gives back those of the biases."""
-        weights = {n: w.value().requires_grad_() for n, w in self._weights.items()}
-        biases = {n: b.clone().requires_grad_() for n, b in self._biases.items()}
+        weights = {n: w.value().requires_grad_() for n, w in self.weights.items()}
+        biases = {n: b.clone().requires_grad_() for n, b in self.biases.items()}
         leaves = [*weights.values(), *biases.values()]
 
         def gradient(feed: Feed) -> tuple[Tensor, ...]:
@@ -228,7 +210,7 @@ class _Learner:
         parts = list(self._pool.map(gradient, feeds))
         sums = [sum(p[1:], p[0]) for p in zip(*parts, strict=True)]
         for (name, value), total in zip(weights.items(), sums, strict=False):
-            self._weights[name].set_gradients(value.detach(), total)
+            self.weights[name].set_gradients(value.detach(), total)
         return dict(zip(biases, sums[len(weights) :], strict=True))
 
     def _output_loss(self, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
@@ -252,7 +234,7 @@ class _Learner:
         triples = zip(got[count:], wanted[count:], powers[count:], strict=True)
         return _mean([(a - b).square().mean() / power for a, b, power in triples])
 
-    def _powers(self, feeds: Sequence[Feed]) -> list[float]:
+    def powers(self, feeds: Sequence[Feed]) -> list[float]:
         """The variance of each tensor that is wanted."""
 
         def sums(feed: Feed) -> list[tuple[float, float, int]]:
@@ -263,21 +245,110 @@ class _Learner:
         variance = squares / count - np.square(total / count)
         return [float(x) for x in np.maximum(variance, 1e-30)]
 
-    def _deviations(self, batch: _Batch) -> dict[str, Tensor]:
+    def deviations(self, feed: Feed) -> dict[str, Tensor]:
         """The standard deviation of each channel of each layer, the unit that biases are learned in."""
-        layers = [x for x in self._layers if x.name in self._biases]
+        batch = self._read(feed)
+        layers = [x for x in self._layers if x.name in self.biases]
         graph = TorchGraph(
-            self._network.model, [x.output_name for x in layers], self._weights.keys()
+            self._network.model, [x.output_name for x in layers], self.weights.keys()
         )
         with torch.no_grad():
             values = graph(
-                batch.tensors, {n: w.value() for n, w in self._weights.items()}, self._biases
+                batch.tensors, {n: w.value() for n, w in self.weights.items()}, self.biases
             )
         rows = {
             x.name: value.movedim(channel_axis(x), -1).reshape(-1, x.n)
             for x, value in zip(layers, values, strict=True)
         }
         return {name: value.std(0, correction=0) for name, value in rows.items()}
+
+
+class _Fit:
+    """Steps of Adam on a learner, with rates that fall as half a cosine; `save` and `load` stop it and go on."""
+
+    def __init__(self, learner: _Learner, feeds: Sequence[Feed], seed: int) -> None:
+        self.num_steps = 0
+        self._learner, self._feeds = learner, feeds
+        self._random = np.random.default_rng(seed)
+        self._order: list[int] = []
+        self._powers = learner.powers(feeds)
+        self._units = learner.deviations(feeds[0])
+        self._offsets = {n: w.offset for n, w in learner.weights.items()}
+        self._scales = {n: w.log_scale for n, w in learner.weights.items()}
+        self._shifts = {n: torch.zeros_like(b) for n, b in learner.start.items()}
+        moving = {n: t for n, t in self._scales.items() if learner.weights[n].kind == "real"}
+        groups = (
+            (self._offsets, _OFFSET_RATE),
+            (moving, _SCALE_RATE),
+            (self._shifts, _BIAS_RATE),
+        )
+        self._optimizer = torch.optim.Adam(
+            [{"params": list(p.values()), "lr": r, "rate": r} for p, r in groups if p],
+            betas=(0.9, 0.99),
+        )
+
+    def take_step(self) -> None:
+        learner = self._learner
+        while len(self._order) < _MICRO_BATCHES:
+            self._order.extend(self._random.permutation(len(self._feeds)).tolist())
+        picked, self._order = self._order[:_MICRO_BATCHES], self._order[_MICRO_BATCHES:]
+        of_biases = learner.set_gradients([self._feeds[i] for i in picked], self._powers)
+        for name, gradient in of_biases.items():
+            self._shifts[name].grad = gradient * self._units[name]
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * self.num_steps / _STEPS))
+        self._optimizer.step()
+        for weight in learner.weights.values():
+            weight.stay_near()
+        self._move_biases()
+        self.num_steps += 1
+
+    def _move_biases(self) -> None:
+        for name, shift in self._shifts.items():
+            self._learner.biases[name] = self._learner.start[name] + shift * self._units[name]
+
+    def save(self, path: Path, best: _State, least: float) -> None:
+        """Writes all that changes, and the best state with its loss."""
+        tensors, biases = best
+        torch.save(
+            {
+                "num_steps": self.num_steps,
+                "order": self._order,
+                "random": self._random.bit_generator.state,
+                "learned": [self._offsets, self._scales, self._shifts],
+                "optimizer": self._optimizer.state_dict(),
+                "least": least,
+                "data": {n: torch.from_numpy(t.data) for n, t in tensors.items()},
+                "scale": {n: torch.from_numpy(t.scale) for n, t in tensors.items()},
+                "biases": {n: torch.from_numpy(b) for n, b in biases.items()},
+            },
+            path,
+        )
+
+    def load(self, path: Path, start: Mapping[str, PackedTensor]) -> tuple[_State, float]:
+        """What `save` wrote for tensors like `start`.
+
+        Raises:
+            JournalError: the file is damaged.
+        """
+        try:
+            saved = torch.load(path, weights_only=True)
+            self.num_steps, self._order = saved["num_steps"], saved["order"]
+            self._random.bit_generator.state = saved["random"]
+            parts = (self._offsets, self._scales, self._shifts)
+            for part, values in zip(parts, saved["learned"], strict=True):
+                for name, tensor in part.items():
+                    tensor.copy_(values[name])
+            self._optimizer.load_state_dict(saved["optimizer"])
+            data, scale = saved["data"], saved["scale"]
+            tensors = {
+                n: replace(start[n], data=data[n].numpy(), scale=scale[n].numpy()) for n in data
+            }
+            biases = {n: b.numpy() for n, b in saved["biases"].items()}
+        except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+            raise JournalError(f"{path}: damaged, start over without it: {error}") from error
+        self._move_biases()
+        return (tensors, biases), saved["least"]
 
 
 def _bias(layer: Layer, biases: Mapping[str, Floats]) -> Floats:
@@ -295,57 +366,3 @@ def _log_probabilities(x: Tensor, is_distribution: bool) -> Tensor:
         return rows.log_softmax(-1)
     clamped = rows.clamp(min=LOWEST_PROBABILITY)
     return (clamped / clamped.sum(-1, keepdim=True)).log()
-
-
-class _Weight:
-    """A quantized matrix [n, k] and what is learned of it."""
-
-    def __init__(self, tensor: PackedTensor, kind: str) -> None:
-        self.format: AfpFormat = tensor.format
-        self.kind = kind
-        self.start = as_tensor(np.array(tensor.scale, np.float32))[:, None]
-        self.integers = as_tensor(tensor.decode()) / self.start
-        self._lower, self._upper, self.step = _neighbours(self.integers, self.format)
-        self.offset = torch.zeros_like(self.integers)
-        self.log_scale = torch.zeros_like(self.start)
-
-    @property
-    def scale(self) -> Tensor:
-        return self.start * self.log_scale.exp()
-
-    @property
-    def exact(self) -> Tensor:
-        """What is rounded, in units of the weight."""
-        return (self.integers + self.offset * self.step) * self.start
-
-    def value(self) -> Tensor:
-        """[n, k] what the network computes with."""
-        scale = self.scale.reshape(-1).numpy()
-        return as_tensor(fake_quantize_rows(self.exact.numpy(), self.format, scale))
-
-    def set_gradients(self, value: Tensor, of_value: Tensor) -> None:
-        """From `value` and its gradients, straight through the rounding."""
-        inside = self.exact.abs() <= self.format.max_integer * self.scale
-        self.offset.grad = of_value * inside * self.step * self.start
-        # The last sum is over a few thousand numbers at most: one thread adds them.
-        of_scale = (of_value * (value - self.exact * inside)).sum(1, keepdim=True)
-        self.log_scale.grad = of_scale if len(self.start) > 1 else of_scale.sum(0, keepdim=True)
-
-    def stay_near(self) -> None:
-        """Keeps offsets within the neighbouring codes."""
-        reach = [(end - self.integers) / self.step for end in (self._lower, self._upper)]
-        self.offset.clamp_(*reach)
-
-    def stored(self) -> PackedTensor:
-        scale = round_scale(self.format, self.scale.reshape(-1).numpy(), self.kind)
-        return quantize_tensor(self.exact.numpy(), self.format, scale, kind=self.kind)
-
-
-def _neighbours(integers: Tensor, fmt: AfpFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """For integers of a format those before and after them, themselves at the ends, and the mean distance to these."""
-    known = np.unique(codebook(fmt))
-    place = np.searchsorted(known, integers.numpy())
-    before, after = np.maximum(place - 1, 0), np.minimum(place + 1, len(known) - 1)
-    lower, upper = known[before].astype(np.float32), known[after].astype(np.float32)
-    steps = (upper - lower) / (after - before).astype(np.float32)
-    return as_tensor(lower), as_tensor(upper), as_tensor(steps)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from afpq import _core
+from afpq._layer import is_planar
 from afpq.errors import FormatError, ModelError
 from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
@@ -28,8 +28,10 @@ __all__ = [
     "describe_packed",
     "file_bytes",
     "is_packed",
+    "model_files",
     "read_ir",
     "read_packed",
+    "scale_columns",
     "weight_values",
 ]
 
@@ -82,6 +84,14 @@ class PackedLayer:
         return int(self.packed.nbytes + self.stored_scale.nbytes)
 
     @property
+    def bias(self) -> npt.NDArray[np.float32] | None:
+        """The layer's bias [n], if it has one."""
+        position = 3 if self.op in ("MatMul", "Conv") else len(self.node.inputs)
+        value = self.node.inputs[position] if len(self.node.inputs) > position else None
+        constant = None if value is None else value.const_value
+        return None if constant is None else constant.numpy().reshape(-1)
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.storage_bytes / self.num_weights
 
@@ -104,9 +114,8 @@ class PackedLayer:
         if self.activations == "f32":
             return "float"
         if self.op == "Conv":
-            taps = int(np.prod(self.node.attributes["kernel_shape"].value))
-            channels = self.k // taps * self.groups
-            if _core.conv_is_planar(channels, self.n, self.groups, taps):
+            kernel_shape = self.node.attributes["kernel_shape"].value
+            if is_planar(self.n, self.k, self.groups, kernel_shape):
                 return "planar"
         return self.format.kernel_class
 
@@ -224,27 +233,33 @@ def describe_packed(model: ir.Model, path: Path, num_bytes: int) -> PackedModel:
 
 def file_bytes(path: str | Path, model: ir.Model | None = None) -> int:
     """Bytes on disk: the file and the external data files that its tensors lie in."""
+    return sum(f.stat().st_size for f in model_files(path, model))
+
+
+def model_files(path: str | Path, model: ir.Model | None = None) -> list[Path]:
+    """The file of a model and, by name, those that its tensors lie in."""
     path = Path(path)
     model = read_ir(path) if model is None else model
-    files = {path}
-    for tensor in _initializers(model).values():
-        if isinstance(tensor, ir.ExternalTensor):
-            files.add(path.parent / str(tensor.location))
-    return sum(f.stat().st_size for f in files)
+    tensors = _initializers(model).values()
+    outside = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return [path, *(path.parent / name for name in sorted(outside))]
 
 
 def weight_values(layer: PackedLayer) -> npt.NDArray[np.float32]:
     """The weights of a layer by the definition: float32 [n, k]."""
     codes = unpack(layer.packed, layer.n, layer.k, layer.format.bits)
+    return decode(codes, layer.format, scale_columns(layer))
+
+
+def scale_columns(layer: PackedLayer) -> npt.NDArray[np.float32]:
+    """The scale of every weight of a layer: float32 [n, k], or [n, 1] where a channel has one."""
     if layer.kind == "integer":
         scale = scale_of(layer.format, layer.stored_scale)
     else:
         scale = layer.stored_scale.astype(np.float32)
     if layer.group_size:
-        columns = np.repeat(scale, layer.group_size, axis=0)[: layer.k].T
-    else:
-        columns = np.broadcast_to(scale.reshape(-1, 1), (layer.n, 1))
-    return decode(codes, layer.format, columns)
+        return np.asarray(np.repeat(scale, layer.group_size, axis=0)[: layer.k].T)
+    return np.broadcast_to(scale.reshape(-1, 1), (layer.n, 1))
 
 
 def checksum(layer: PackedLayer) -> str:

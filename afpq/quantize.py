@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from afpq._build import (
     try_file,
     with_activations,
 )
+from afpq._examine import Reference, examine
 from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
 from afpq._smallest import smallest_model
@@ -31,7 +33,7 @@ from afpq.calibrate import Stats, calibrate
 from afpq.equalize import equalize as equalize_model
 from afpq.errors import ModelError, NaNError
 from afpq.graph import Model
-from afpq.packed import describe_packed, file_bytes, is_packed, read_ir
+from afpq.packed import PackedModel, describe_packed, file_bytes, is_packed, read_ir
 from afpq.plan import Plan
 from afpq.report import RunFacts, build_report, write_report
 from afpq.rewrite import save
@@ -63,6 +65,7 @@ class QuantizedModel:
     facts: RunFacts
     path: Path | None = None  # where it lies on disk, once saved or loaded
     probe: Feeds | None = field(default=None, repr=False)  # one input, to run a saved file once
+    job: Job | None = field(default=None, repr=False)  # what it was made from; None after `load`
 
     def save(self, path: str | Path) -> int:
         """Writes the file, loads it again, runs it once, and only then gives it its name; returns its bytes.
@@ -89,13 +92,13 @@ class QuantizedModel:
         self.facts = replace(self.facts, checks={**self.facts.checks, **checks})
         return size
 
-    def report(self, path: str | Path) -> None:
-        """Writes the report, Markdown or JSON by the suffix.
+    def report(self, path: str | Path, *, progress: Progress | None = None) -> None:
+        """Writes the report, HTML, Markdown or JSON by the suffix; measures speed and single layers for it.
 
         Raises:
             AfpqError: the suffix is not known, or the model was not saved.
         """
-        write_report(self.summary(), path)
+        write_report(build_report(self._described(), self._examined(progress)), path)
 
     def summary(self) -> dict[str, Any]:
         """The report as a dictionary.
@@ -103,16 +106,32 @@ class QuantizedModel:
         Raises:
             ModelError: the model was not saved.
         """
-        if self.path is None:
-            raise ModelError("save the model before its report: the report measures the file")
-        packed = describe_packed(self.packed, self.path, file_bytes(self.path, read_ir(self.path)))
-        return build_report(packed, self.facts)
+        return build_report(self._described(), self.facts)
 
     def session(self, *, threads: int = 0) -> ort.InferenceSession:
         """An onnxruntime session of it."""
         if self.path is not None:
             return session(self.path, threads=threads)
         return session_of(self.packed, threads)
+
+    def _described(self) -> PackedModel:
+        if self.path is None:
+            raise ModelError("save the model before its report: the report measures the file")
+        return describe_packed(self.packed, self.path, file_bytes(self.path, read_ir(self.path)))
+
+    def _examined(self, progress: Progress | None) -> RunFacts:
+        job = self.job
+        reference = None
+        if job is not None:
+            reference = Reference(job.model, job.held_out, f"{job.data_name} (held out)")
+        return examine(
+            self._described(),
+            self.facts,
+            reference=reference,
+            feeds=self.probe,
+            threads=0 if job is None else job.threads,
+            progress=progress,
+        )
 
 
 def quantize(
@@ -137,6 +156,7 @@ def quantize(
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
+    journal: str | Path | None = None,
 ) -> QuantizedModel:
     """Quantizes a model under a budget (5 bits per weight if none is given), or as a plan says.
 
@@ -150,8 +170,11 @@ def quantize(
     it helps. `equalize` builds a second model, from equalised weights, and keeps the better one. `stats` spares the
     calibration. Without data and statistics, formats follow from weight error alone. `seed` draws the held-out samples.
     The same arguments give the same bytes, whatever `threads` is.
+    `journal` names a folder that keeps what is finished: the same call after a kill goes on from there. It is the
+    caller's to delete.
 
     Raises:
+        JournalError: the journal belongs to another run, or another process uses it.
         ModelError: the model cannot be read, or has nothing to quantize.
         DataError: the data does not fit the model.
         PlanError: the budget is impossible, a pattern matches nothing, or the plan does not fit.
@@ -175,6 +198,7 @@ def quantize(
         equalize=equalize,
         seed=seed,
         threads=threads,
+        journal=journal,
     )
     if max_drop is not None:
         return reach_goal(job, stats, progress=progress)
@@ -204,11 +228,12 @@ def find_plan(
     """
     progress = progress or _silent
     size = None if job.plan is not None else check_budget(job)
-    if stats is None and job.fit is not None:
-        stats = calibrate(job.model, job.fit, threads=job.threads, progress=progress)
+    if stats is None:
+        stats = _statistics(job, progress)
     plan = job.plan
     if plan is None:
-        plan = search(
+        found = partial(
+            search,
             job.model,
             stats,
             bits=job.bits,
@@ -221,7 +246,9 @@ def find_plan(
             mode=job.mode,
             threads=job.threads,
             progress=progress,
+            journal=job.journal,
         )
+        plan = job.journal.step("plan", found, _write_plan, _read_plan)
     return with_activations(job, plan, stats, progress), stats
 
 
@@ -233,7 +260,7 @@ def build(
     packed, facts = build_graph(job, plan, stats, progress)
     if job.equalize and stats is not None:
         packed, plan, facts = _equalized(job, plan, stats, (packed, facts), progress)
-    return QuantizedModel(packed, plan, facts, probe=_first_input(job))
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job), job=job)
 
 
 def reach_goal(
@@ -248,10 +275,26 @@ def reach_goal(
     """
     progress = progress or _silent
     if stats is None:
-        assert job.fit is not None
-        stats = calibrate(job.model, job.fit, threads=job.threads, progress=progress)
+        stats = _statistics(job, progress)
+    assert stats is not None
     plan, packed, facts = smallest_model(job, stats, progress)
-    return QuantizedModel(packed, plan, facts, probe=_first_input(job))
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job), job=job)
+
+
+def _statistics(job: Job, progress: Progress) -> Stats | None:
+    """Of the samples for calibration, where there are any."""
+    if job.fit is None:
+        return None
+    found = partial(calibrate, job.model, job.fit, threads=job.threads, progress=progress)
+    return job.journal.step("calibrate", found, Stats.save, Stats.load)
+
+
+def _write_plan(plan: Plan, path: Path) -> None:
+    path.write_text(plan.to_json(), encoding="utf-8")
+
+
+def _read_plan(path: Path) -> Plan:
+    return Plan.from_json(path.read_text(encoding="utf-8"))
 
 
 def _first_input(job: Job) -> Feeds | None:
@@ -274,14 +317,16 @@ def _equalized(
     equalized = equalize_model(job.model, stats, job.fit, bits=bits, num_threads=job.threads)
     if not equalized.factors:
         return packed, plan, with_note("no pair of layers gains")
-    other = replace(job, model=equalized.model)
-    stats = calibrate(equalized.model, job.fit, threads=job.threads, progress=progress)
+    other = replace(job, model=equalized.model, journal=job.journal.scoped("equalized"))
+    known = _statistics(other, progress)
+    assert known is not None
     # What layers read has changed: static formats are chosen anew.
-    changed = with_activations(other, replace(plan, activations=None), stats, progress)
+    changed = with_activations(other, replace(plan, activations=None), known, progress)
     try:
-        made = build_graph(other, changed, stats, progress)
+        made = build_graph(other, changed, known, progress)
     except NaNError as error:
         return packed, plan, with_note(str(error))
+    made[0].metadata_props["afpq.equalized"] = "yes"
     before, after = (_held_out_loss(facts) for _, facts in (plain, made))
     kept = after < before
     packed, facts = made if kept else plain

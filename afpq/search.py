@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from afpq._candidates import (
@@ -20,22 +21,22 @@ from afpq._candidates import (
     targets,
 )
 from afpq._costs import Costs
-from afpq._judge import OBJECTIVES, Judge, Objective, choose_objective
+from afpq._judge import Judge, Objective, choose_objective
 from afpq._measure import Progress, Workshop, measure_sensitivity, split_samples
 from afpq._second import second_pass
-from afpq._sensitivity import Sensitivity
+from afpq._sensitivity import Sensitivity, read_sensitivities, write_sensitivities
 from afpq.calibrate import Stats
 from afpq.data import Data, open_data
 from afpq.errors import PlanError
 from afpq.formats import AfpFormat
 from afpq.graph import Model, load_model
+from afpq.journal import Journal
 from afpq.plan import Plan, match_names, read_format
 from afpq.runtime import FloatModel
 
 __all__ = [
     "DEFAULT_FORMATS",
     "MODES",
-    "OBJECTIVES",
     "Candidate",
     "Costs",
     "Judge",
@@ -83,14 +84,13 @@ def search(
     size: int | None = None,
     data: object = None,
     kind: str = "real",
-    formats: Sequence[AfpFormat] = DEFAULT_FORMATS,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
-    objective: str = "auto",
     mode: str = "default",
     threads: int = 0,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Plan:
     """Finds the plan with the least predicted loss that a budget allows.
 
@@ -101,14 +101,13 @@ def search(
         size: stored bytes of all quantized layers, in place of `bits`.
         data: samples (see `afpq.data`) to measure the network on; needs `stats`.
         kind: how exponent biases are stored, `real` or `integer`.
-        formats: the formats to choose from.
         include: names or globs of the layers to quantize (default: all).
         exclude: names or globs of layers that stay float.
         overrides: format by name or glob, such as {"conv1*": "e2m3"}, `float` to leave it alone; the last one wins.
-        objective: `kl`, `squared_error`, or `auto`, which looks at the model's outputs.
         mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes, a second pass).
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
+        journal: keeps what was measured, should the run be stopped.
 
     Raises:
         PlanError: the budget is too small, a pattern matches nothing, or an option does not exist.
@@ -121,14 +120,13 @@ def search(
         size=size,
         data=data,
         kind=kind,
-        formats=formats,
         include=include,
         exclude=exclude,
         overrides=overrides,
-        objective=objective,
         mode=mode,
         threads=threads,
         progress=progress,
+        journal=journal,
     )
     if costs.shop is None or not MODES[mode].second_pass:
         return costs.plan(bits=bits, size=size)
@@ -144,14 +142,13 @@ def measure(
     size: int | None = None,
     data: object = None,
     kind: str = "real",
-    formats: Sequence[AfpFormat] = DEFAULT_FORMATS,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
-    objective: str = "auto",
     mode: str = "default",
     threads: int = 0,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Costs:
     """What `search` does before it chooses: the costs of all candidates, for plans under several budgets.
 
@@ -160,7 +157,7 @@ def measure(
     Raises:
         PlanError: as `search`.
     """
-    _check_options(kind, formats, objective, mode)
+    _check_options(kind, mode)
     model = model if isinstance(model, Model) else load_model(model)
     threads = threads or os.cpu_count() or 1
     pins = _choose(model, include, exclude, overrides or {})
@@ -169,7 +166,7 @@ def measure(
     found = {}
     for done, target in enumerate(active):
         pinned = pins[target.weight_name]
-        choices = (pinned,) if isinstance(pinned, AfpFormat) else formats
+        choices = (pinned,) if isinstance(pinned, AfpFormat) else DEFAULT_FORMATS
         found[target.weight_name] = candidates(
             target, kind=kind, formats=choices, num_threads=threads
         )
@@ -181,7 +178,7 @@ def measure(
     if bits is not None or size is not None:
         unmeasured.budget_bits(bits, size)
     losses, name, shop = _losses(
-        model, active, found, stats, data, objective, MODES[mode], threads, progress
+        model, active, found, stats, data, MODES[mode], threads, progress, journal
     )
     return replace(unmeasured, losses=losses, objective=name, shop=shop)
 
@@ -192,10 +189,10 @@ def _losses(
     found: Mapping[str, Sequence[Candidate]],
     stats: Stats | None,
     data: object,
-    objective: str,
     mode: Mode,
     threads: int,
     progress: Progress | None,
+    journal: Journal | None,
 ) -> tuple[dict[str, list[float]], str, Workshop | None]:
     """The predicted loss of every candidate, the name of what was minimised, and where it can be measured again."""
     if data is None:
@@ -203,10 +200,9 @@ def _losses(
         return {key: [c.noise for c in choices] for key, choices in found.items()}, name, None
     samples = data if isinstance(data, Data) else open_data(data, model.inputs)
     fitted, judged = split_samples(samples) if mode.compensated else (None, samples)
-    judge = Judge(
-        FloatModel(model, threads=1), judged, objective=objective, max_samples=mode.num_samples
-    )
-    sensitivities = measure_sensitivity(
+    judge = Judge(FloatModel(model, threads=1), judged, max_samples=mode.num_samples)
+    measured = partial(
+        measure_sensitivity,
         judge,
         active,
         found,
@@ -215,6 +211,9 @@ def _losses(
         samples=fitted,
         num_threads=min(threads, _MAX_WORKERS),
         progress=progress,
+    )
+    sensitivities = (journal or Journal()).step(
+        "sensitivities", measured, write_sensitivities, read_sensitivities
     )
     losses = {
         key: [sensitivities[key].loss(c.noise) for c in choices] for key, choices in found.items()
@@ -260,12 +259,8 @@ def _check_budget(bits: float | None, size: int | None) -> None:
         raise PlanError(f"a size of {size} bytes is not positive")
 
 
-def _check_options(kind: str, formats: Sequence[AfpFormat], objective: str, mode: str) -> None:
+def _check_options(kind: str, mode: str) -> None:
     if kind not in ("real", "integer"):
         raise PlanError(f"exponent bias kind {kind!r} is not one of real, integer")
-    if not formats or not all(f.signed for f in formats):
-        raise PlanError("the list of formats is empty or holds an unsigned one")
-    if objective not in OBJECTIVES:
-        raise PlanError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
     if mode not in MODES:
         raise PlanError(f"mode {mode!r} is not one of {', '.join(MODES)}")

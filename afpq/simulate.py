@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from afpq._build import session_of
-from afpq._rounder import Rounder
+from afpq._rounder import round_inputs
 from afpq.activations import allocate_activations
-from afpq.errors import PlanError
+from afpq.errors import DataError, PlanError
 from afpq.graph import Model
 from afpq.packed import DOMAIN
 from afpq.plan import ActivationEntry, Plan
@@ -76,9 +76,11 @@ def simulate(
 
     Raises:
         ModelError: the model cannot be read, or has nothing to quantize.
-        DataError: the data does not fit the model.
+        DataError: there is no data, or it does not fit the model.
         PlanError: a budget is impossible.
     """
+    if data is None:
+        raise DataError("a simulation needs data: formats of activations are chosen on samples")
     job = prepare(
         model,
         data=data,
@@ -108,15 +110,7 @@ def simulate(
 
 def round_in_graph(packed: ir.Model, entries: dict[str, ActivationEntry]) -> None:
     """Rounds what the packed products called by the names read; other readers of a tensor keep its float values."""
-    graph, rounded = packed.graph, dict[tuple[ir.Value, ActivationEntry], ir.Value]()
-    for node in list(graph):
-        if node.domain != DOMAIN or node.op_type not in ("MatMul", "Conv"):
-            continue
-        entry, value = entries.get(node.name or ""), node.inputs[0]
-        if entry is None or value is None:
-            continue
-        if (value, entry) not in rounded:
-            rounder = Rounder(graph, f"afpq.rounded.{len(rounded)}")
-            rounded[value, entry] = rounder.round(value, entry.format, entry.scale)
-            graph.insert_before(node, rounder.nodes)
-        node.replace_input_with(0, rounded[value, entry])
+    products = (n for n in packed.graph if n.domain == DOMAIN and n.op_type in ("MatMul", "Conv"))
+    found = [(node, entries.get(node.name or "")) for node in products]
+    places = [(node, 0, entry.format, entry.scale) for node, entry in found if entry is not None]
+    round_inputs(packed.graph, places)

@@ -6,14 +6,15 @@ plateau, tells how much the format forgives. Weights are rounded to nearest with
 reverse; biases and all other operators stay float32. Activations are the inputs of matrix products and convolutions,
 the network's inputs too.
 
-The reference runs once. Every point of the weights is the same serialized graph with other arrays handed over:
-starting a session takes little beside a pass over the samples, and weights that were inputs would keep the runtime
-from arranging them for its kernels. Points of the activations share one session a format, whose scale is an input.
+The reference runs once over the samples. Every point of the weights is the same serialized graph with other arrays
+handed over: starting a session takes little beside a pass over the samples, and weights that were inputs would keep
+the runtime from arranging them for its kernels. Points of the activations share one session a format, whose scale is
+an input, and the point of both subjects shares its graph.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from afpq import _metrics
-from afpq._rounder import Rounder
+from afpq._rounder import round_inputs
+from afpq._sweep_map import Curve, Joint, Point, Sweep
 from afpq.data import Data, open_data
-from afpq.errors import FormatError, ModelError
+from afpq.errors import FormatError, ModelError, NaNError, PlanError
 from afpq.evaluate import OutputComparison, compare_output
 from afpq.formats import AfpFormat, all_formats, exponent_bias_of, scale_of
 from afpq.graph import Layer, Model, TensorInfo, load_model
 from afpq.rounding import fake_quantize_rows
-from afpq.runtime import FloatModel
+from afpq.runtime import FloatModel, Simulation
 
 __all__ = ["SUBJECTS", "Curve", "Joint", "Point", "Sweep", "distinct_formats", "sweep"]
 
 SUBJECTS = ("weights", "activations")
-TOLERANCE = 0.01
 
 _BATCH = 8  # the values of wide layers stay in caches, which the rounding of activations needs
 _SCALE = "afpq.activation_scale"
@@ -44,99 +45,7 @@ _CLIPPED = 16.0
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
-Run = Callable[[Feed], Array]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Point:
-    """The network with one exponent bias; None where the outputs have no such number, or one of them is NaN."""
-
-    exponent_bias: int
-    score: float  # of the sweep's metric; 0 if an output is NaN
-    kl: float | None  # KL(float || rounded), mean over rows, nats
-    sqnr_db: float | None  # of the output; infinity if equal
-
-
-@dataclass(frozen=True)
-class Curve:
-    """All exponent biases of one format, ascending, for `weights` or `activations`."""
-
-    subject: str
-    format: AfpFormat
-    points: tuple[Point, ...]
-
-    @property
-    def best(self) -> Point:
-        """The point of the least KL divergence, or of the highest SQNR where the output is no classification.
-
-        Both vary less by chance than the score of a few samples, which decides ties; then the least bias does.
-        """
-        return max(self.points, key=_rank)
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Weights and activations rounded at once, each with the best bias of its own curve."""
-
-    format: AfpFormat
-    weight_bias: int
-    activation_bias: int
-    point: Point  # its exponent_bias is that of the weights
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The map of one network."""
-
-    model: str  # file name
-    metric: str  # what `score` is: top1, agreement or cosine, of 1
-    num_samples: int
-    float_score: float
-    float_stderr: float | None  # standard error of a share
-    curves: tuple[Curve, ...]
-    joint: tuple[Joint, ...]  # empty unless both subjects were swept
-
-    def plateau(self, curve: Curve, tolerance: float = TOLERANCE) -> tuple[int, int]:
-        """First and last of the biases around the best one, without a gap, that score within `tolerance` of it.
-
-        A best point that is by chance above the float network counts like that.
-        """
-        points, best = curve.points, curve.best
-        enough = min(best.score, self.float_score) - tolerance
-        first = last = points.index(best)
-        while first > 0 and points[first - 1].score >= enough:
-            first -= 1
-        while last + 1 < len(points) and points[last + 1].score >= enough:
-            last += 1
-        return points[first].exponent_bias, points[last].exponent_bias
-
-    def to_dict(self, tolerance: float = TOLERANCE) -> dict[str, Any]:
-        """Plain data for JSON; an infinite SQNR is None."""
-        curves = [
-            {
-                "subject": curve.subject,
-                "format": str(curve.format),
-                "best_exponent_bias": curve.best.exponent_bias,
-                "plateau": list(self.plateau(curve, tolerance)),
-                "points": [_plain(point) for point in curve.points],
-            }
-            for curve in self.curves
-        ]
-        head = {name: getattr(self, name) for name in _HEAD}
-        joint = [
-            {
-                "format": str(entry.format),
-                "weight_bias": entry.weight_bias,
-                "activation_bias": entry.activation_bias,
-                **_plain(entry.point),
-            }
-            for entry in self.joint
-        ]
-        return head | {"tolerance": tolerance, "curves": curves, "joint": joint}
-
-
-_HEAD = ("model", "metric", "num_samples", "float_score", "float_stderr")
 
 
 def distinct_formats(bits: int) -> tuple[AfpFormat, ...]:
@@ -158,43 +67,43 @@ def sweep(
     """Scores every format and exponent bias on the data: top-1 if it has labels, else agreement with the float network.
 
     An output that is no classification is scored by its mean cosine. Of several outputs the first that is a
-    classification counts, or else the first. Activations skip formats without a mantissa. The same arguments give the
-    same map, on one machine and with one version of onnxruntime.
+    classification counts, or else the first. Activations skip formats without a mantissa. Curves come in the order of
+    `SUBJECTS`. The same arguments give the same map, on one machine and with one version of onnxruntime.
 
     Raises:
-        ModelError: the model cannot be read or run, has nothing to round, or has float16 activations to round.
+        ModelError: the model cannot be read or run, or has nothing (activations: nothing in float32) to round.
         DataError: the data does not fit the model.
-        FormatError: a format is unsigned.
+        FormatError: a format is unsigned, or none is left.
+        PlanError: a subject is not one of `SUBJECTS`.
     """
-    for fmt in formats:
-        if not fmt.signed:
-            raise FormatError(f"format {fmt} is unsigned; a sweep takes signed formats")
-    study = _Study(model if isinstance(model, Model) else load_model(model), threads)
+    wanted = _wanted(formats, subjects)
+    loaded = model if isinstance(model, Model) else load_model(model)
+    _check_model(loaded, [subject for subject, _ in wanted])
+    study = _Study(loaded, threads)
     study.read(data, preprocess, samples)
-    plans = [
-        (subject, fmt, study.biases(subject, fmt))
-        for subject in subjects
-        for fmt in formats
-        if subject == "weights" or fmt.mantissa_bits > 0
-    ]
-    rounded = {(subject, fmt) for subject, fmt, _ in plans}
-    pairs = [fmt for fmt in formats if {(subject, fmt) for subject in SUBJECTS} <= rounded]
+    plans = [(subject, fmt, study.biases(subject, fmt)) for subject, fmt in wanted]
+    pairs = [fmt for subject, fmt in wanted if subject != "weights" and ("weights", fmt) in wanted]
     total, done = sum(len(biases) for _, _, biases in plans) + len(pairs), 0
     curves, joint = [], []
-    for subject, fmt, biases in plans:
-        points = []
-        for point in study.points(subject, fmt, biases):
-            points.append(point)
-            done += 1
-            if progress is not None:
-                progress("sweep", done, total)
-        curves.append(Curve(subject, fmt, tuple(points)))
-    best = {(curve.subject, curve.format): curve.best.exponent_bias for curve in curves}
-    for fmt in pairs:
-        joint.append(study.joint(fmt, best["weights", fmt], best["activations", fmt]))
+
+    def step() -> None:
+        nonlocal done
         done += 1
         if progress is not None:
             progress("sweep", done, total)
+
+    best: dict[tuple[str, AfpFormat], int] = {}
+    for subject, fmt, biases in plans:
+        network = study.network(subject, fmt)
+        points = []
+        for point in study.points(network, subject, fmt, biases):
+            points.append(point)
+            step()
+        curves.append(Curve(subject, fmt, tuple(points)))
+        best[subject, fmt] = curves[-1].best.exponent_bias
+        if subject == "activations" and fmt in pairs:
+            joint.append(study.joint(network, fmt, best["weights", fmt], best[subject, fmt]))
+            step()
     return Sweep(
         model=study.model.path.name,
         metric=study.metric,
@@ -206,12 +115,49 @@ def sweep(
     )
 
 
+def _wanted(formats: Sequence[AfpFormat], subjects: Sequence[str]) -> list[tuple[str, AfpFormat]]:
+    """Subject and format of every curve."""
+    for fmt in formats:
+        if not fmt.signed:
+            raise FormatError(f"format {fmt} is unsigned; a sweep takes signed formats")
+    for subject in subjects or ("",):
+        if subject not in SUBJECTS:
+            raise PlanError(f"sweep subject {subject!r} is not one of {', '.join(SUBJECTS)}")
+    found = [
+        (subject, fmt)
+        for subject in SUBJECTS
+        for fmt in dict.fromkeys(formats)
+        if subject in subjects and (subject == "weights" or fmt.mantissa_bits > 0)
+    ]
+    if not found:
+        given = ", ".join(map(str, formats)) or "none was given"
+        raise FormatError(f"no format to sweep ({given}): activations need one with a mantissa")
+    return found
+
+
+def _check_model(model: Model, subjects: Sequence[str]) -> None:
+    if not model.layers:
+        raise ModelError(f"{model.path}: has no weights to round")
+    if "activations" not in subjects:
+        return
+    readers = _readers(model)
+    if not readers:
+        raise ModelError(
+            f"{model.path}: has no matrix product or convolution, so no activations to round; "
+            "sweep the weights alone"
+        )
+    for layer in readers:
+        if layer.dtype != "float32":
+            raise ModelError(
+                f"{model.path}: layer {layer.name!r} has {layer.dtype} weights; activations can be "
+                "rounded only where layers take float32: sweep the weights alone"
+            )
+
+
 class _Study:
     """The float network, its outputs on the samples, and how a rounded one scores against them."""
 
     def __init__(self, model: Model, threads: int) -> None:
-        if not model.layers:
-            raise ModelError(f"{model.path}: has no weights to round")
         self.model, self._threads = model, threads
         self._float = FloatModel(model, threads=threads)
         self._weights = {name: layer.weight for name, layer in model.tensors().items()}
@@ -225,12 +171,14 @@ class _Study:
             outputs = dict(zip(names, self._float.run(feed), strict=True))
             if not self._batches:
                 self._output = _scored(outputs)
+                self._position = names.index(self._output)
                 self._sizes["activations"] = self._activation_size(feed)
             self._batches.append((feed, outputs[self._output], labels))
         self.num_samples = opened.num_samples
+        same = ((reference, reference, labels) for _, reference, labels in self._batches)
         try:
-            own = self._compare(self._float_run)
-        except _NotANumber as error:
+            own = compare_output(self._output, same)
+        except NaNError as error:
             raise ModelError(
                 f"{self.model.path}: gives NaN in output {self._output!r} on this data"
             ) from error
@@ -245,72 +193,52 @@ class _Study:
         last = math.ceil(float(exponent_bias_of(fmt, size / _CLIPPED / fmt.max_integer)))
         return range(first, last + 1)
 
-    def points(self, subject: str, fmt: AfpFormat, biases: Sequence[int]) -> Iterator[Point]:
+    def network(self, subject: str, fmt: AfpFormat) -> FloatModel:
+        """The network whose weights or whose scale of activations the points of a curve set."""
+        if subject == "weights":
+            return self._float
+        return FloatModel(_rounding(self.model, fmt), threads=self._threads)
+
+    def points(
+        self, network: FloatModel, subject: str, fmt: AfpFormat, biases: Sequence[int]
+    ) -> Iterator[Point]:
         if subject == "weights":
             for bias in biases:
-                yield self._point(bias, self._simulation(self._float, fmt, bias))
+                yield self._point(bias, network.simulate(self._rounded(fmt, bias)))
             return
-        network = FloatModel(_rounding(self.model, fmt), threads=self._threads)
+        started = network.simulate({})
         for bias in biases:
-            extra = {_SCALE: np.asarray(scale_of(fmt, bias))}
+            yield self._point(bias, started, _scale_of(fmt, bias))
 
-            def run(feed: Feed, extra: Feed = extra) -> Array:
-                return network.run(feed | extra, [self._output])[0]
+    def joint(
+        self, network: FloatModel, fmt: AfpFormat, weight_bias: int, activation_bias: int
+    ) -> Joint:
+        """The point of both; `network` is that of the activations."""
+        started = network.simulate(self._rounded(fmt, weight_bias))
+        point = self._point(weight_bias, started, _scale_of(fmt, activation_bias))
+        return Joint(fmt, weight_bias, activation_bias, point)
 
-            yield self._point(bias, run)
-
-    def joint(self, fmt: AfpFormat, weight_bias: int, activation_bias: int) -> Joint:
-        network = FloatModel(_rounding(self.model, fmt), threads=self._threads)
-        extra = {_SCALE: np.asarray(scale_of(fmt, activation_bias))}
-        run = self._simulation(network, fmt, weight_bias, extra)
-        return Joint(fmt, weight_bias, activation_bias, self._point(weight_bias, run))
-
-    def _simulation(
-        self, network: FloatModel, fmt: AfpFormat, bias: int, extra: Feed | None = None
-    ) -> Run:
+    def _rounded(self, fmt: AfpFormat, bias: int) -> dict[str, npt.NDArray[np.float32]]:
         scale = scale_of(fmt, [bias])
-        rounded = {
+        return {
             name: fake_quantize_rows(weight, fmt, scale, num_threads=self._threads)
             for name, weight in self._weights.items()
         }
-        started = network.simulate(rounded)
-        position = [output.name for output in self.model.outputs].index(self._output)
-        return lambda feed: started.run(feed | (extra or {}))[position]
 
-    def _float_run(self, feed: Feed) -> Array:
-        return self._float.run(feed, [self._output])[0]
-
-    def _point(self, bias: int, run: Run) -> Point:
+    def _point(self, bias: int, started: Simulation, extra: Feed | None = None) -> Point:
+        pairs = (
+            (reference, started.run(feed | (extra or {}))[self._position], labels)
+            for feed, reference, labels in self._batches
+        )
         try:
-            found = self._compare(run)
-        except _NotANumber:
+            found = compare_output(self._output, pairs)
+        except NaNError:
             return Point(bias, 0.0, None, None)
         return Point(bias, _number(found, self.metric), found.kl, found.sqnr_db)
-
-    def _compare(self, run: Run) -> OutputComparison:
-        def pairs() -> Iterator[tuple[Array, Array, npt.NDArray[np.int64] | None]]:
-            for feed, reference, labels in self._batches:
-                output = run(feed)
-                if np.isnan(output).any():
-                    raise _NotANumber
-                yield reference, output, labels
-
-        return compare_output(self._output, pairs())
 
     def _activation_size(self, feed: Feed) -> float:
         names = list(dict.fromkeys(layer.input_name for layer in _readers(self.model)))
         return _typical(self._float.run(feed, [name for name in names if name is not None]))
-
-
-class _NotANumber(Exception):
-    """A rounded network gave NaN."""
-
-
-def _rank(point: Point) -> tuple[float, float, int]:
-    quality = -math.inf if point.sqnr_db is None else point.sqnr_db
-    if point.kl is not None:
-        quality = -point.kl
-    return quality, point.score, -point.exponent_bias
 
 
 def _labelled(data: Data) -> Iterator[tuple[Feed, npt.NDArray[np.int64] | None]]:
@@ -345,26 +273,18 @@ def _readers(model: Model) -> list[Layer]:
     return [layer for layer in model.layers if layer.kind in ("matmul", "conv")]
 
 
+def _scale_of(fmt: AfpFormat, bias: int) -> Feed:
+    return {_SCALE: np.asarray(scale_of(fmt, bias))}
+
+
 def _rounding(model: Model, fmt: AfpFormat) -> Model:
     """The model with everything that products read rounded to the format; the scale is one more input."""
-    readers = _readers(model)
-    if not readers or any(layer.dtype != "float32" for layer in readers):
-        raise ModelError(f"{model.path}: activations can be rounded only where layers take float32")
     clone = model.ir.clone()
     graph, nodes = clone.graph, list(clone.graph)
     scale = ir.val(_SCALE, dtype=ir.DataType.FLOAT, shape=[])
     graph.inputs.append(scale)
-    rounded: dict[ir.Value, ir.Value] = {}
-    for layer in readers:
-        node = nodes[layer.node_index]
-        position = 1 if layer.is_left else 0
-        value = node.inputs[position]
-        assert value is not None
-        if value not in rounded:
-            rounder = Rounder(graph, f"afpq.rounded.{len(rounded)}")
-            rounded[value] = rounder.round(value, fmt, scale)
-            graph.insert_before(node, rounder.nodes)
-        node.replace_input_with(position, rounded[value])
+    readers = _readers(model)
+    round_inputs(graph, ((nodes[r.node_index], int(r.is_left), fmt, scale) for r in readers))
     places = {node: place for place, node in enumerate(graph)}
     layers = tuple(
         replace(
@@ -376,10 +296,3 @@ def _rounding(model: Model, fmt: AfpFormat) -> Model:
     )
     inputs = (*model.inputs, TensorInfo(_SCALE, "float32", ()))
     return replace(model, ir=clone, layers=layers, inputs=inputs)
-
-
-def _plain(point: Point) -> dict[str, Any]:
-    fields = asdict(point)
-    if fields["sqnr_db"] is not None and not math.isfinite(fields["sqnr_db"]):
-        fields["sqnr_db"] = None
-    return fields

@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from afpq.formats import AfpFormat, encode, round_scale
+from afpq.graph import load_model
 from afpq.packing import PackedTensor, pack
 
 
@@ -52,6 +53,10 @@ def write(folder: Path, model, name="model.onnx") -> Path:
     path = folder / name
     onnx.save(model, path)
     return path
+
+
+def load(folder, nodes, inputs, constants=None, **options):
+    return load_model(write(folder, build(nodes, inputs, constants, **options)))
 
 
 def packed(layer, text="e2m3", kind="real", group_size=0):

@@ -1,44 +1,19 @@
-"""Every source of data against what a model expects: content, order, checks, memory."""
+"""Arrays against what a model expects: content, order, checks, memory; and parts of data."""
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from samples import FEEDS, FIXED, TOKENS, VECTOR, joined, token_batches, vectors
 
 from afpq._feeds import Batching, as_inputs, batching_of
-from afpq.data import Data, open_data
-from afpq.errors import DataError, RuntimeUnavailableError
+from afpq.data import open_data
+from afpq.errors import DataError
 
 F32 = np.dtype(np.float32)
 I64 = np.dtype(np.int64)
-VECTOR = [("x", "float32", ("N", 4))]
-IMAGE = [("input", "float32", ("N", 3, 8, 8))]
-TOKENS = [("ids", "int64", ("batch", "seq")), ("mask", "int64", ("batch", "seq"))]
-FIXED = [("x", "float32", (2, 4))]
-FEEDS = [("x", "float32", (1, 4)), ("state", "float32", (2, 1, 3)), ("rate", "int64", ())]
-
-
-def vectors(count: int) -> npt.NDArray[np.float32]:
-    return np.arange(count * 4, dtype=np.float32).reshape(count, 4)
-
-
-def joined(data: Data, name: str, size: int = 32) -> npt.NDArray[Any]:
-    return np.concatenate([feed[name] for feed in data.batches(size)])
-
-
-def write_images(folder: Path, count: int, size: int = 8) -> list[npt.NDArray[np.uint8]]:
-    folder.mkdir(exist_ok=True)
-    images = []
-    for index in range(count):
-        image = np.full((size, size, 3), index, np.uint8)
-        Image.fromarray(image).save(folder / f"{index:03}.png")
-        images.append(image)
-    return images
 
 
 # --- inputs ---
@@ -98,7 +73,7 @@ def test_an_npz_gives_its_samples_in_order(tmp_path: Path, save: Any) -> None:
 
 def test_an_uncompressed_npz_is_memory_mapped(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.asfortranarray(vectors(7)), labels=np.arange(7))
-    from afpq._sources import load_npz
+    from afpq._array_files import load_npz
 
     arrays = load_npz(tmp_path / "d.npz")
     assert isinstance(arrays["x"], np.memmap)
@@ -261,274 +236,6 @@ def test_a_model_that_takes_complete_feeds_gets_one_a_sample() -> None:
     assert feeds[3]["rate"].shape == ()
     assert feeds[3]["rate"] == 3
     np.testing.assert_array_equal(feeds[3]["state"], state[3])
-
-
-# --- images ---
-
-
-def test_images_are_read_in_name_order_with_their_labels(tmp_path: Path) -> None:
-    images = write_images(tmp_path / "i", 4)
-    table = "file,label\n003.png,7\n000.png,4\n001.png,5\n002.png,6\n"
-    (tmp_path / "i/labels.csv").write_text(table)
-    data = open_data(tmp_path / "i", IMAGE, preprocess="raw")
-    np.testing.assert_array_equal(data.labels, [4, 5, 6, 7])
-    np.testing.assert_array_equal(joined(data, "input", 3), np.stack(images).transpose(0, 3, 1, 2))
-
-
-def test_the_applied_preprocessing_is_known_completely(tmp_path: Path) -> None:
-    write_images(tmp_path / "i", 1)
-    data = open_data(tmp_path / "i", IMAGE, preprocess="imagenet-tensorflow")
-    expected = "resize=9,crop=8,mean=1,std=1,layout=nchw,channels=rgb,scale=127.5"
-    assert str(data.preprocess) == expected
-    again = open_data(tmp_path / "i", IMAGE, preprocess=expected)
-    np.testing.assert_array_equal(joined(again, "input"), joined(data, "input"))
-
-
-def test_images_in_sub_folders_are_found(tmp_path: Path) -> None:
-    (tmp_path / "i").mkdir()
-    write_images(tmp_path / "i/b", 1)
-    write_images(tmp_path / "i/a", 2)
-    (tmp_path / "i/labels.csv").write_text("file,label\na/000.png,0\na/001.png,0\nb/000.png,1\n")
-    data = open_data(tmp_path / "i", IMAGE, preprocess="unit")
-    np.testing.assert_array_equal(data.labels, [0, 0, 1])
-
-
-def test_images_without_preprocessing_are_an_error_that_lists_presets(tmp_path: Path) -> None:
-    write_images(tmp_path / "i", 1)
-    with pytest.raises(DataError, match="name their preprocessing, one of imagenet-torchvision, "):
-        open_data(tmp_path / "i", IMAGE)
-
-
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("nothing")
-    message = r"has no images \(.bmp .jpeg .jpg .png .webp\) and no .npy"
-    with pytest.raises(DataError, match=message):
-        open_data(tmp_path, IMAGE, preprocess="raw")
-
-
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
-    write_images(tmp_path / "i", 2)
-    (tmp_path / "i/000.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"000.png is not a readable image"):
-        open_data(tmp_path / "i", IMAGE, preprocess="raw")
-
-
-def test_images_of_another_size_than_the_input_are_an_error(tmp_path: Path) -> None:
-    write_images(tmp_path / "i", 2, 9)
-    message = r"000.png: input 'input' has shape \[1, 3, 9, 9\], the model expects"
-    with pytest.raises(DataError, match=message):
-        open_data(tmp_path / "i", IMAGE, preprocess="scale=255")
-
-
-def test_images_of_different_sizes_are_an_error_for_an_open_size(tmp_path: Path) -> None:
-    write_images(tmp_path / "i", 2)
-    Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(tmp_path / "i/001.png")
-    data = open_data(tmp_path / "i", [("x", "float32", ("N", 3, "h", "w"))], preprocess="raw")
-    with pytest.raises(DataError, match=r"001.png has another size than .*000.png; add resize="):
-        list(data.batches())
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("file,label\n000.png,1\n", "labels.csv has no row for 001.png"),
-        ("file,label\n000.png,dog\n", "needs the columns file,label with integer labels"),
-        ("name,class\n000.png,1\n", "needs the columns file,label with integer labels"),
-    ],
-)
-def test_wrong_labels_are_named(tmp_path: Path, content: str, message: str) -> None:
-    write_images(tmp_path / "i", 2)
-    (tmp_path / "i/labels.csv").write_text(content)
-    with pytest.raises(DataError, match=message):
-        open_data(tmp_path / "i", IMAGE, preprocess="raw")
-
-
-def test_images_are_for_models_with_one_input(tmp_path: Path) -> None:
-    write_images(tmp_path / "i", 1)
-    with pytest.raises(DataError, match="are for models with one input, not ids, mask"):
-        open_data(tmp_path / "i", TOKENS, preprocess="raw")
-
-
-def test_missing_pillow_is_reported_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_images(tmp_path / "i", 1)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'afpq\[images\]'"):
-        open_data(tmp_path / "i", IMAGE, preprocess="raw")
-
-
-@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2)])
-def test_uint8_arrays_take_preprocessing_like_images(axes: tuple[int, ...]) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
-    data = open_data({"input": images.transpose(axes)}, IMAGE, preprocess="unit")
-    expected = images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
-    np.testing.assert_array_equal(joined(data, "input"), expected)
-
-
-def test_gray_arrays_need_no_channel_axis() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
-    data = open_data(images, [("x", "float32", (1, 1, 8, 8))], preprocess="raw")
-    np.testing.assert_array_equal(joined(data, "x"), images[:, None])
-
-
-def test_float_arrays_take_no_preprocessing() -> None:
-    with pytest.raises(DataError, match="preprocessing is for uint8 images"):
-        open_data({"input": np.zeros((2, 3, 8, 8), np.float32)}, IMAGE, preprocess="unit")
-
-
-def test_a_network_that_takes_bytes_gets_bytes(tmp_path: Path) -> None:
-    images = write_images(tmp_path / "i", 2)
-    data = open_data(tmp_path / "i", [("x", "uint8", ("N", 8, 8, 3))], preprocess="raw")
-    assert next(data.batches())["x"].dtype == np.uint8
-    np.testing.assert_array_equal(joined(data, "x"), images)
-
-
-# --- folders of .npy ---
-
-
-def test_npy_files_of_one_input_are_samples_or_batches(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", vectors(3)[0])
-    np.save(tmp_path / "b.npy", vectors(3)[1:])
-    data = open_data(tmp_path, VECTOR)
-    assert data.num_samples == 3
-    np.testing.assert_array_equal(joined(data, "x"), vectors(3))
-
-
-def test_npy_files_of_several_inputs_lie_in_their_folders(tmp_path: Path) -> None:
-    for index, length in enumerate([5, 3]):
-        for name in ("ids", "mask"):
-            (tmp_path / name).mkdir(exist_ok=True)
-            np.save(tmp_path / name / f"{index}.npy", np.full(length, index))
-    (tmp_path / "labels.csv").write_text("file,label\n0.npy,1\n1.npy,0\n")
-    data = open_data(tmp_path, TOKENS)
-    assert [feed["mask"].shape for feed in data.batches()] == [(1, 5), (1, 3)]
-    np.testing.assert_array_equal(data.labels, [1, 0])
-
-
-def test_npy_folders_that_do_not_match_the_inputs_are_named(tmp_path: Path) -> None:
-    (tmp_path / "ids").mkdir()
-    np.save(tmp_path / "ids/0.npy", np.zeros(3, np.int64))
-    with pytest.raises(DataError, match="sub-folders ids; the model expects one for each input"):
-        open_data(tmp_path, TOKENS)
-
-
-def test_npy_folders_with_different_files_are_an_error(tmp_path: Path) -> None:
-    for name, file in (("ids", "0.npy"), ("mask", "1.npy")):
-        (tmp_path / name).mkdir()
-        np.save(tmp_path / name / file, np.zeros(3, np.int64))
-    with pytest.raises(DataError, match="ids and mask do not have the same file names"):
-        open_data(tmp_path, TOKENS)
-
-
-def test_a_broken_npy_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.npy").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"a.npy is not a readable .npy file"):
-        open_data(tmp_path, VECTOR)
-
-
-def test_images_and_arrays_in_one_folder_are_ambiguous(tmp_path: Path) -> None:
-    write_images(tmp_path, 2)
-    np.save(tmp_path / "a.npy", vectors(1))
-    with pytest.raises(DataError, match=r"has 2 images and 1 .npy files; keep one kind"):
-        open_data(tmp_path, VECTOR)
-
-
-# --- Python ---
-
-
-def token_batches(*sizes: tuple[int, int]) -> list[dict[str, npt.NDArray[np.int64]]]:
-    return [
-        {"ids": np.full(size, index), "mask": np.ones(size, np.int64)}
-        for index, size in enumerate(sizes)
-    ]
-
-
-def test_sequence_lengths_may_differ_from_batch_to_batch() -> None:
-    data = open_data(token_batches((2, 5), (3, 7)), TOKENS)
-    assert data.num_samples == 5
-    assert [feed["ids"].shape for feed in data.batches(2)] == [(2, 5), (2, 7), (1, 7)]
-
-
-def test_a_generator_is_kept_and_read_again() -> None:
-    data = open_data((item for item in token_batches((2, 5), (1, 4))), TOKENS)
-    assert len(list(data.batches())) == len(list(data.batches())) == 2
-
-
-def test_a_limit_ends_an_endless_generator() -> None:
-    def endless() -> Iterator[npt.NDArray[np.float32]]:
-        while True:
-            yield vectors(4)
-
-    assert open_data(endless(), VECTOR, limit=6).num_samples == 6
-    assert open_data(endless, VECTOR, limit=6).num_samples == 6
-    assert sum(len(f["x"]) for f in open_data(endless, VECTOR, limit=6).batches()) == 6
-
-
-def test_batches_of_arrays_are_enough_for_one_input() -> None:
-    np.testing.assert_array_equal(
-        joined(open_data([vectors(3), vectors(2)], VECTOR), "x"),
-        np.concatenate([vectors(3), vectors(2)]),
-    )
-
-
-def test_labels_may_come_with_the_batches() -> None:
-    items = [{"x": vectors(2), "labels": np.array([3, 4])}, {"x": vectors(1), "labels": [5]}]
-    np.testing.assert_array_equal(open_data(items, VECTOR).labels, [3, 4, 5])
-    with pytest.raises(DataError, match="yields labels in 1 of 2 batches"):
-        open_data([items[0], {"x": vectors(1)}], VECTOR)
-
-
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        ([], "yields no samples"),
-        ([(1, 2)], "batch 0 of the data is a tuple; it must be a dict of arrays with the keys x"),
-        ([{"y": vectors(1)}], "batch 0 of the data has the keys y; the model expects x"),
-        ([vectors(1), vectors(1)[:, :3]], r"batch 1 of the data: input 'x' has shape \[1, 3\]"),
-        ([vectors(1).astype(np.uint8)], "the model expects float32; if these are images"),
-        (7, "the data is a int, which yields no batches"),
-    ],
-)
-def test_a_wrong_batch_is_named(items: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        open_data(items, VECTOR)
-
-
-def test_batches_of_a_fixed_size_must_have_it() -> None:
-    assert open_data([vectors(2), vectors(2)], FIXED).num_samples == 4
-    with pytest.raises(DataError, match=r"has shape \[3, 4\], the model expects \[2, 4\]"):
-        open_data([vectors(3)], FIXED)
-
-
-MODULE = """
-import numpy as np
-
-def good():
-    for length in (3, 5):
-        yield {"ids": np.zeros((2, length), np.int64), "mask": np.ones((2, length), np.int64)}
-
-def bad():
-    yield from good()
-    raise ValueError("no such file")
-"""
-
-
-def test_a_function_of_a_module_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_calibration.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    data = open_data("my_calibration:good", TOKENS)
-    assert [feed["ids"].shape for feed in data.batches()] == [(2, 3), (2, 5)]
-    with pytest.raises(DataError, match="my_calibration:bad failed: ValueError: no such file"):
-        open_data("my_calibration:bad", TOKENS)
-    with pytest.raises(DataError, match="has no function 'other'; it has good, bad"):
-        open_data("my_calibration:other", TOKENS)
-
-
-def test_a_module_that_cannot_be_imported_is_named() -> None:
-    message = "cannot import 'no_such_module' of no_such_module:f: ModuleNotFoundError"
-    with pytest.raises(DataError, match=message):
-        open_data("no_such_module:f", VECTOR)
 
 
 # --- parts ---

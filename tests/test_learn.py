@@ -9,11 +9,14 @@ torch = pytest.importorskip("torch")
 
 from afpq import learn as module  # noqa: E402
 from afpq._judge import Objective, divergence  # noqa: E402
+from afpq._learned_weight import LearnedWeight  # noqa: E402
 from afpq.compensate import Choice  # noqa: E402
 from afpq.data import open_data  # noqa: E402
+from afpq.errors import JournalError  # noqa: E402
 from afpq.formats import AfpFormat, codebook, fake_quantize  # noqa: E402
 from afpq.graph import load_model  # noqa: E402
-from afpq.learn import UnsupportedError, _Weight, learn  # noqa: E402
+from afpq.journal import Journal  # noqa: E402
+from afpq.learn import UnsupportedError, learn  # noqa: E402
 from afpq.rounding import best_scale, quantize_tensor  # noqa: E402
 from afpq.runtime import FloatModel  # noqa: E402
 
@@ -51,7 +54,7 @@ def case():
 @pytest.mark.parametrize("kind", ["real", "integer"])
 def test_a_weight_starts_as_it_is_stored(fmt, kind):
     tensor = rounded(np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32), fmt, kind)
-    weight = _Weight(tensor, kind)
+    weight = LearnedWeight(tensor, kind)
     np.testing.assert_array_equal(weight.value().numpy(), tensor.decode())
     stored = weight.stored()
     np.testing.assert_array_equal(stored.data, tensor.data)
@@ -62,7 +65,7 @@ def test_a_weight_starts_as_it_is_stored(fmt, kind):
 def test_a_weight_rounds_as_the_definition(fmt):
     random = np.random.default_rng(1)
     tensor = rounded(random.normal(size=(6, 20)).astype(np.float32), fmt)
-    weight = _Weight(tensor, "real")
+    weight = LearnedWeight(tensor, "real")
     weight.offset += torch.from_numpy(random.uniform(-1.4, 1.4, (6, 20)).astype(np.float32))
     moved = fake_quantize(weight.exact.numpy(), fmt, np.asarray(tensor.scale)[:, None])
     np.testing.assert_array_equal(weight.value().numpy(), moved)
@@ -81,7 +84,7 @@ def test_a_weight_rounds_as_the_definition(fmt):
 def test_gradients_of_scales_are_those_of_lsq():
     fmt = AfpFormat(0, 2)
     tensor = rounded(np.random.default_rng(2).normal(size=(3, 50)).astype(np.float32), fmt)
-    weight = _Weight(tensor, "real")
+    weight = LearnedWeight(tensor, "real")
     weight.offset += 0.3
     direction = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     weight.set_gradients(weight.value(), direction)
@@ -134,6 +137,50 @@ def test_float_layers_stay(case, monkeypatch):
     tensors, biases = learn(network, data, {first: choices[first]}, {first: start[first]}, {}, KL)
     assert tensors.keys() == {first}
     assert len(biases) == 1
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step):
+    def progress(done, total):
+        if done == step:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("step", [3, 8, 13])
+def test_learning_goes_on_to_the_same_result(case, monkeypatch, tmp_path, step):
+    network, data, choices, start = case
+    monkeypatch.setattr(module, "_STEPS", 16)  # checked, and kept, after every second
+    expected, shifted = learn(network, data, choices, start, {}, KL)
+    with pytest.raises(Stopped):
+        learn(
+            network, data, choices, start, {}, KL,
+            journal=Journal.open(tmp_path / "j", {}), progress=stop_at(step),
+        )  # fmt: skip
+    steps = []
+    tensors, biases = learn(
+        network, data, choices, start, {}, KL,
+        journal=Journal.open(tmp_path / "j", {}), progress=lambda done, _: steps.append(done),
+    )  # fmt: skip
+
+    assert steps == list(range(1 + step // 2 * 2, 17))
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensors[name].data, tensor.data)
+        np.testing.assert_array_equal(tensors[name].scale, tensor.scale)
+    for name, bias in shifted.items():
+        np.testing.assert_array_equal(biases[name], bias)
+
+
+def test_a_damaged_state_is_named(case, tmp_path):
+    network, data, choices, start = case
+    journal = Journal.open(tmp_path / "j", {})
+    journal.keep("state", lambda path: path.write_bytes(b"PK nothing"))
+    with pytest.raises(JournalError, match="state: damaged"):
+        learn(network, data, choices, start, {}, KL, journal=journal)
 
 
 def test_samples_that_cannot_be_divided_are_refused(case):

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from afpq.errors import ModelError
-from afpq.graph import load_model
+from afpq.graph import load_model, reads_bytes
 from afpq.packed import checksum, file_bytes, is_packed, read_ir, read_packed, weight_values
 from afpq.quantize import quantize
 from afpq.rewrite import rewrite, save
@@ -98,6 +98,21 @@ def test_a_first_convolution_of_few_products_runs_planar(tmp_path: Path) -> None
     layer = read_packed(write_packed(tmp_path, nodes, {"x": [1, 3, 9, 9]}, constants)).layers[0]
 
     assert (layer.kernel, layer.input_format) == ("planar", "f32")
+
+
+@pytest.mark.parametrize("group", [1, 2, 8])
+@pytest.mark.parametrize("channels", [8, 16, 32])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_file_and_the_float_model_agree_on_planes(
+    tmp_path: Path, group: int, channels: int, kernel: int
+) -> None:
+    nodes = [graphs.node("Conv", "x w", kernel_shape=[kernel, kernel], group=group)]
+    constants = {"w": graphs.constant(64, channels // group, kernel, kernel)}
+
+    path = write_packed(tmp_path, nodes, {"x": [1, channels, 9, 9]}, constants)
+
+    layer, source = read_packed(path).layers[0], load_model(tmp_path / "model.onnx").layers[0]
+    assert reads_bytes(source, layer.format) == (layer.kernel != "planar")
 
 
 def test_tables_and_unpacked_operands(tmp_path: Path) -> None:

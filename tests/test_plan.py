@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -328,7 +329,12 @@ def test_a_plan_without_activations_has_the_json_and_hash_that_it_had() -> None:
         ({"format": "e2m5"}, "'h': format e2m5 has no mantissa, or integers beyond a byte"),
         ({"format": "ue3m0"}, "'h': format ue3m0 has no mantissa"),
         ({"format": "float"}, "'h': 'float' is not a format"),
-        ({"scale": 0}, "'h': scale 0.0 is not positive"),
+        ({"scale": 0}, r"'h': scale 0\.0 is not in the range 1\.1754944e-38\.\.3\.4028235e\+38"),
+        ({"scale": 1e300}, r"'h': scale 1e\+300 is not in the range"),
+        ({"scale": 1e-50}, "'h': scale 1e-50 is not in the range"),
+        ({"scale": 1e-40}, "'h': scale 1e-40 is not in the range"),
+        ({"scale": 10**400}, "'h': scale is an integer beyond all floats"),
+        ({"error": 10**400}, "'h': error is an integer beyond all floats"),
         ({"scale": "big"}, "'h': scale 'big' is not a number"),
         ({"scales": 1}, "'h': unknown field 'scales'"),
         ({"tensor": ""}, "activation 0: tensor '' is not a text"),
@@ -356,8 +362,21 @@ def test_a_scale_that_was_typed_in_is_rounded_and_loses_its_error() -> None:
 
 
 def test_an_activation_needs_a_scale_of_eight_bits() -> None:
-    with pytest.raises(PlanError, match=r"scale 0\.1 is not a positive bfloat16 number"):
+    with pytest.raises(PlanError, match=r"'h': scale 0\.1 is not a bfloat16 number"):
         ActivationEntry("h", AfpFormat(0, 7), 0.1)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0**-127, 1e300, float("nan"), float("inf")])
+def test_an_activation_needs_a_scale_that_float32_holds(scale: float) -> None:
+    with pytest.raises(PlanError, match=r"'h': scale .* is not in the range"):
+        ActivationEntry("h", AfpFormat(0, 7), scale)
+
+
+def test_an_integer_of_thousands_of_digits_is_refused() -> None:
+    # Newer versions of Python do not even read it.
+    text = STATIC.to_json().replace("0.0625", f"1{'0' * 5000}")
+    with pytest.raises(PlanError, match=r"the plan is not JSON|beyond all floats"):
+        Plan.from_json(text)
 
 
 def test_check_plan_knows_the_tensors_that_layers_read() -> None:
@@ -365,3 +384,19 @@ def test_check_plan_knows_the_tensors_that_layers_read() -> None:
     check_plan(STATIC, shapes, ["h"])
     with pytest.raises(PlanError, match="'h': no layer reads such a tensor; nearest: g"):
         check_plan(STATIC, shapes, ["g"])
+
+
+def test_a_frontier_is_kept_and_changes_no_hash() -> None:
+    plan = replace(PLAN, frontier=((2.0, 0.5), (4.125, 0.001)))
+
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.plan_hash == PLAN.plan_hash
+    assert '"frontier": [[2.0, 0.5], [4.125, 0.001]]' in plan.to_json()
+
+
+@pytest.mark.parametrize("frontier", [3, [[1]], [[1, 2, 3]], [["2", 1]], [[2, -1]], [[True, 1]]])
+def test_a_damaged_frontier_is_refused(frontier: object) -> None:
+    document = json.loads(PLAN.to_json()) | {"frontier": frontier}
+
+    with pytest.raises(PlanError, match="frontier"):
+        Plan.from_json(json.dumps(document))

@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 # modules (`_name`) are parts of the public ones that use them: what they import counts for those.
 LAYERS = (
     ("errors",),
-    ("formats",),
+    ("formats", "journal"),
     ("packing",),
     ("rounding", "packed"),
     ("preprocess", "graph"),

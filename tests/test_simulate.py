@@ -6,7 +6,7 @@ import graphs
 import numpy as np
 import pytest
 
-from afpq.errors import PlanError
+from afpq.errors import DataError, PlanError
 from afpq.formats import AfpFormat, all_formats, fake_quantize, magnitudes, round_scale
 from afpq.graph import load_model
 from afpq.packed import DOMAIN
@@ -74,6 +74,11 @@ def test_a_simulation_keeps_both_budgets(models: Path) -> None:
     products = [n for n in result.graph.graph if n.domain == DOMAIN]
     assert all(node.inputs[0].producer().op_type == "Mul" for node in products)
     assert result.session().run(None, {"input": np.zeros((2, 1, 28, 28), np.float32)})
+
+
+def test_a_simulation_needs_data(models: Path) -> None:
+    with pytest.raises(DataError, match="a simulation needs data"):
+        simulate(models / "lenet5_digits.onnx", None, bits=5, activation_bits=5)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("w5a5", (5, 5)), ("w4.8a5.75", (4.8, 5.75))])

@@ -1,20 +1,24 @@
 """Sweeps: rounding by operators equals the definition, points equal a plain computation, the picture shows them all."""
 
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto
 
+from afpq import runtime
 from afpq._draw import draw
 from afpq._rounder import Rounder
-from afpq.errors import FormatError, ModelError
+from afpq._sweep_text import write_sweep
+from afpq.errors import FormatError, ModelError, PlanError
 from afpq.formats import AfpFormat, all_formats, fake_quantize, magnitudes, scale_of
 from afpq.graph import load_model
 from afpq.rounding import fake_quantize_rows
-from afpq.runtime import FloatModel, session
+from afpq.runtime import FloatModel, Simulation, session
 from afpq.sweep import Curve, Point, Sweep, distinct_formats, sweep
 
 FORMATS = [f for f in (*all_formats(), *all_formats(signed=False)) if f.mantissa_bits > 0]
@@ -196,6 +200,116 @@ def test_what_cannot_be_swept_is_refused(tmp_path: Path, models: Path) -> None:
     path = graphs.write(tmp_path, graphs.build([graphs.node("Relu", "x", "y")], {"x": ["m", 4]}))
     with pytest.raises(ModelError, match="no weights to round"):
         sweep(path, {"x": graphs.constant(3, 4)})
+
+
+HALF = graphs.constant(16, 8).astype(np.float16)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "inputs", "constants", "message"),
+    [
+        (
+            [graphs.node("MatMul", "x w", "y")],
+            {"x": (["m", 16], TensorProto.FLOAT16)},
+            {"w": HALF},
+            "layer 'matmul_y' has float16 weights; activations can be rounded only where",
+        ),
+        (
+            [graphs.node("Gather", "w x", "y")],
+            {"x": (["m"], TensorProto.INT64)},
+            {"w": graphs.constant(16, 8)},
+            "no matrix product or convolution, so no activations to round",
+        ),
+    ],
+    ids=["float16", "gather"],
+)
+def test_activations_that_cannot_be_rounded_are_refused_before_any_work(
+    tmp_path: Path, nodes: Any, inputs: Any, constants: Any, message: str
+) -> None:
+    path = graphs.write(tmp_path, graphs.build(nodes, inputs, constants))
+
+    def data() -> Any:
+        pytest.fail("the samples were read")
+
+    with pytest.raises(ModelError, match=message):
+        sweep(path, data)
+
+
+def test_the_weights_of_a_float16_model_can_be_swept(tmp_path: Path) -> None:
+    inputs = {"x": (["m", 16], TensorProto.FLOAT16)}
+    outputs = {"y": (["m", 8], TensorProto.FLOAT16)}
+    model = graphs.build([graphs.node("MatMul", "x w", "y")], inputs, {"w": HALF}, outputs)
+    x = graphs.constant(20, 16, seed=1).astype(np.float16)
+
+    result = sweep(
+        graphs.write(tmp_path, model), {"x": x}, formats=[AfpFormat(3, 2)], subjects=["weights"]
+    )
+
+    assert result.curves[0].best.score > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"subjects": ("weight",)}, PlanError, "'weight' is not one of weights, activations"),
+        ({"subjects": ()}, PlanError, "is not one of weights, activations"),
+        ({"formats": ()}, FormatError, "no format to sweep"),
+        (
+            {"subjects": ("activations",), "formats": (AfpFormat(3, 0),)},
+            FormatError,
+            r"no format to sweep \(e3m0\): activations need one with a mantissa",
+        ),
+    ],
+)
+def test_wrong_options_are_refused(
+    models: Path, options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        sweep(models / "lenet5_digits.onnx", {}, **options)
+
+
+def test_the_reference_runs_once_and_a_format_is_built_into_one_graph(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, built = [], []
+    run, build = Simulation.run, runtime.FloatGraph
+    monkeypatch.setattr(Simulation, "run", lambda *args: runs.append(1) or run(*args))
+    monkeypatch.setattr(
+        runtime, "FloatGraph", lambda *args, **options: built.append(1) or build(*args, **options)
+    )
+    formats = [AfpFormat(4, 3), AfpFormat(3, 2)]
+
+    result = sweep(
+        models / "lenet5_digits.onnx",
+        models / "digits_evaluation.npz",
+        formats=formats,
+        samples=24,
+        threads=1,
+    )
+
+    points = sum(len(curve.points) for curve in result.curves) + len(result.joint)
+    assert len(runs) == 3 * (1 + points) + 1  # batches of 8; once for the sizes of activations
+    assert len(built) == 3 + len(formats)  # the reference, those sizes, all weights
+
+
+def test_curves_are_in_the_order_of_subjects(models: Path) -> None:
+    result = sweep(
+        models / "lenet5_digits.onnx",
+        models / "digits_evaluation.npz",
+        formats=[AfpFormat(3, 2)],
+        subjects=["activations", "weights"],
+        samples=8,
+        threads=1,
+    )
+
+    assert [curve.subject for curve in result.curves] == ["weights", "activations"]
+    assert len(result.joint) == 1
+
+
+def test_the_text_says_which_command_wrote_it(lenet_map: Sweep, tmp_path: Path) -> None:
+    write_sweep(lenet_map, [tmp_path / "s.md"], tolerance=0.01, command="`study --deep`")
+
+    assert "Written by `study --deep`." in (tmp_path / "s.md").read_text()
 
 
 def test_the_picture_shows_every_curve_and_its_plateau(lenet_map: Sweep) -> None:

@@ -4,15 +4,16 @@ The network in models/ is always there; the others are read from a folder of rea
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-__all__ = ["PAIRS", "Case", "cases"]
+__all__ = ["PAIRS", "Case", "cases", "cifar"]
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGENET = "imagenet-torchvision"
@@ -38,37 +39,56 @@ class Case:
     task: str = "classes"
 
 
-def cases(materials: Path, folder: Path) -> Iterator[Case]:
-    """Every network there is; `folder` takes files that live as long as the run."""
+def cases(materials: Path, folder: Path) -> dict[str, Callable[[], Case]]:
+    """Every network there is, by name, loaded when it is called; `folder` takes files that live as long as the run."""
+    makers: dict[str, Callable[[str], Case]] = {"resnet_digits": digits}
+    if (materials / "models").is_dir():
+        models, data = materials / "models", materials / "data"
+        makers |= {
+            "resnet20_cifar10": partial(
+                resnet20, model=models / "cifar10/resnet20.onnx", data=data / "cifar10"
+            ),
+            "kws_dscnn": partial(
+                dscnn, model=models / "tinyml/kws_dscnn.onnx", words=data / "kws/mfcc.npz"
+            ),
+        }
+        makers |= {
+            name: partial(imagenet, model=models / f"imagenet/{name}.onnx", data=data / "imagenet")
+            for name in ("squeezenet1_1", "mobilenetv2_tv")
+        }
+        makers |= {
+            "stories260k": partial(
+                stories, model=models / "lm/stories260k.onnx", text=data / "tinystories/text.npz"
+            ),
+            "minilm_stsb": partial(
+                minilm, models=models / "minilm", pairs=data / "stsb/dev.npz", folder=folder
+            ),
+        }
+    return {name: partial(make, name) for name, make in makers.items()}
+
+
+def digits(name: str) -> Case:
     here = ROOT / "models"
-    yield Case(
-        "resnet_digits",
-        here / "resnet_digits.onnx",
-        here / "digits_calibration.npz",
-        here / "digits_evaluation.npz",
-    )
-    if not (materials / "models").is_dir():
-        return
-    models, data = materials / "models", materials / "data"
-    train, test = (cifar(data / f"cifar10/{part}.npz") for part in ("train", "test"))
-    train = {key: value[:256] for key, value in train.items()}
-    yield Case("resnet20_cifar10", models / "cifar10/resnet20.onnx", train, test)
-    words = keywords(data / "kws/mfcc.npz")
-    halves = [{key: value[part::2] for key, value in words.items()} for part in (0, 1)]
-    yield Case("kws_dscnn", models / "tinyml/kws_dscnn.onnx", *halves)
-    photos = data / "imagenet"
-    labels = image_labels(photos / "evaluation/labels.csv")
-    for name in ("squeezenet1_1", "mobilenetv2_tv"):
-        parts = photos / "calibration", photos / "evaluation"
-        yield Case(name, models / f"imagenet/{name}.onnx", *parts, IMAGENET, labels)
-    yield stories(models / "lm/stories260k.onnx", data / "tinystories/text.npz")
-    yield minilm(models / "minilm", data / "stsb/dev.npz", folder)
+    parts = here / "digits_calibration.npz", here / "digits_evaluation.npz"
+    return Case(name, here / "resnet_digits.onnx", *parts)
 
 
-def cifar(path: Path) -> dict:
+def resnet20(name: str, *, model: Path, data: Path) -> Case:
+    return Case(name, model, cifar(data / "train.npz", 256), cifar(data / "test.npz"))
+
+
+def cifar(path: Path, samples: int | None = None) -> dict:
+    """The first `samples` images (default: all) as the network takes them, and their labels."""
     with np.load(path) as arrays:
-        images = (arrays["images"].astype(np.float32) / 255 - MEAN) / STD
-        return {"input": images.transpose(0, 3, 1, 2).copy(), "labels": arrays["labels"]}
+        pixels = arrays["images"][:samples].astype(np.float32)
+        images = ((pixels / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+        return {"input": images.copy(), "labels": arrays["labels"][:samples]}
+
+
+def dscnn(name: str, *, model: Path, words: Path) -> Case:
+    found = keywords(words)
+    halves = [{key: value[part::2] for key, value in found.items()} for part in (0, 1)]
+    return Case(name, model, *halves)
 
 
 def keywords(path: Path) -> dict:
@@ -78,30 +98,33 @@ def keywords(path: Path) -> dict:
         return {"input": values[:, None].astype(np.float32), "labels": arrays["labels"]}
 
 
+def imagenet(name: str, *, model: Path, data: Path) -> Case:
+    parts = data / "calibration", data / "evaluation"
+    return Case(name, model, *parts, IMAGENET, image_labels(data / "evaluation/labels.csv"))
+
+
 def image_labels(path: Path) -> np.ndarray:
     with path.open() as stream:
         found = {row["file"]: int(row["label"]) for row in csv.DictReader(stream)}
     return np.array([found[name] for name in sorted(found)])
 
 
-def stories(model: Path, text: Path) -> Case:
+def stories(name: str, *, model: Path, text: Path) -> Case:
     """Windows of 256 tokens; every third calibrates."""
     with np.load(text) as arrays:
         ids = arrays["ids"].astype(np.int64)
     chosen = np.arange(len(ids)) % 3 == 0
-    return Case(
-        "stories260k", model, {"input_ids": ids[chosen]}, {"input_ids": ids[~chosen]}, task="tokens"
-    )
+    return Case(name, model, {"input_ids": ids[chosen]}, {"input_ids": ids[~chosen]}, task="tokens")
 
 
-def minilm(models: Path, pairs: Path, folder: Path) -> Case:
+def minilm(name: str, *, models: Path, pairs: Path, folder: Path) -> Case:
     """Pairs of the benchmark STS-B; a random 200 calibrate."""
     with np.load(pairs) as arrays:
         order = np.random.default_rng(PAIR_SEED).permutation(len(arrays["score"]))
         rest = order[CALIBRATION_PAIRS:]
         rest = np.sort(rest[: len(rest) // PAIRS * PAIRS])
         return Case(
-            "minilm_stsb",
+            name,
             float32_copy(models / "all-MiniLM-L6-v2.float16-weights.onnx", folder),
             sentence_batches(arrays, np.sort(order[:CALIBRATION_PAIRS])),
             sentence_batches(arrays, rest),

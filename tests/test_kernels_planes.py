@@ -4,20 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_checks import (
-    INF,
-    SCALES,
-    Array,
-    assert_same_bits,
-    clamp,
-    encoded,
-    floats,
-    fma,
-    guarded,
-    output,
-    quantize,
-    words_of,
-)
+from kernel_arrays import INF, Array, assert_same_bits, clamp, floats, fma, guarded, output
+from kernel_rounding import SCALES, encoded, quantize, words_of
 
 from afpq import _core
 from afpq.formats import AfpFormat
