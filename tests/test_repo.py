@@ -27,7 +27,7 @@ LAYERS = (
     ("calibrate", "plan", "correct", "rewrite"),
     ("activations", "compensate", "restore"),
     ("equalize", "learn", "search"),
-    ("bench", "doctor", "evaluate", "quantize", "report", "simulate", "sweep", "verify"),
+    ("bench", "doctor", "evaluate", "export", "quantize", "report", "simulate", "sweep", "verify"),
     ("cli",),
 )
 RANKS = {name: rank for rank, group in enumerate(LAYERS) for name in group}
