@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 from graphs import packed, write
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -16,6 +17,11 @@ from afpq.plan import ActivationEntry
 from afpq.rewrite import rewrite, save
 
 QONNX = "qonnx.custom_op.general"
+
+NEW_ENOUGH = pytest.mark.skipif(
+    ort.__version__.startswith("1.17."),
+    reason="onnxruntime 1.17 knows opsets to 20, and computes wrong numbers from DequantizeLinear before Gather",
+)
 
 
 @dataclass(frozen=True)

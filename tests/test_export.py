@@ -4,7 +4,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from exported import close, evaluate, every_code, pack_case, per_tensor, run, stored_weights
+from exported import (
+    NEW_ENOUGH,
+    close,
+    evaluate,
+    every_code,
+    pack_case,
+    per_tensor,
+    run,
+    stored_weights,
+)
 from graphs import CASES, build, constant, node
 from onnx import TensorProto, helper
 
@@ -13,6 +22,8 @@ from afpq.errors import ModelError
 from afpq.export import TARGETS, export
 from afpq.graph import original_layout
 from afpq.runtime import session
+
+pytestmark = NEW_ENOUGH
 
 # One format for each standard type, and what stands in the file.
 TYPES = {

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import onnx
 import pytest
-from exported import Summary, close, pack_case, run
+from exported import NEW_ENOUGH, Summary, close, pack_case, run
 from graphs import CASES, build, constant, node
 from onnx import TensorProto, helper
 
@@ -16,6 +16,8 @@ from afpq.export import export
 from afpq.plan import ActivationEntry
 from afpq.rewrite import rewrite, save
 from afpq.runtime import session
+
+pytestmark = NEW_ENOUGH
 
 
 def test_raising_the_opset_converts_the_rest_of_the_graph(tmp_path):
