@@ -39,7 +39,7 @@ def column_sums(
     kernel: Sequence[int] = (),
     groups: int = 1,
 ) -> Tensor:
-    """The sums of I over k that zero points of activations are multiplied by: int32 [planes, segments * padded n].
+    """The sums of I over k that zero points of activations are multiplied by: int32 [planes, segments * padded n + 1].
 
     Empty where nothing is rounded to integers. `kernel` and `groups` are those of a convolution.
     """

@@ -75,12 +75,14 @@ afpq::PackedWeight weight_of(const AfpqKernels& kernels, const std::string& form
   if (!needs_sums || !sums) return weight;
   const size_t width = weight.segments.size() * weight.num_blocks * kTileN;
   const size_t planes = static_cast<size_t>(parsed.num_planes());
-  if (sums->shape(0) != planes || sums->shape(1) != width)
+  if (sums->shape(0) != planes || sums->shape(1) != width + 1)
     throw std::invalid_argument("sums do not fit the weight");
   for (size_t plane = 0; plane < planes; ++plane) {
-    const int32_t* row = sums->data() + plane * width;
+    const int32_t* row = sums->data() + plane * (width + 1);
     weight.column_sums[plane].assign(row, row + width);
+    weight.sides[plane] = row[width];
   }
+  use_sums(kernels, &weight);
   return weight;
 }
 
@@ -199,8 +201,9 @@ std::optional<Result> run_unpack(Bytes data, const std::string& format, size_t n
   return std::move(result.made);
 }
 
-// [planes, segments * padded n]: what zero points are multiplied by. `multiple` is the number of
-// tiles of a convolution's tap where those are whole, else 1.
+// [planes, segments * padded n + 1]: what zero points are multiplied by, and last the largest sum
+// of weights of one sign. `multiple` is the number of tiles of a convolution's tap where those are
+// whole, else 1.
 nb::ndarray<nb::numpy, int32_t> run_column_sums(const std::string& isa, Bytes data,
                                                 const std::string& format, size_t n, size_t k,
                                                 size_t group_size, size_t multiple) {
@@ -210,13 +213,14 @@ nb::ndarray<nb::numpy, int32_t> run_column_sums(const std::string& isa, Bytes da
       table(isa), format, data, n, k, Floats(ones.data(), 1, one), group_size, multiple, true);
   const size_t planes = static_cast<size_t>(weight.format.num_planes());
   const size_t width = weight.segments.size() * weight.num_blocks * kTileN;
-  int32_t* sums = new int32_t[planes * width];
+  int32_t* sums = new int32_t[planes * (width + 1)];
   nb::capsule owner(sums, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
   for (size_t plane = 0; plane < planes; ++plane) {
-    std::copy(weight.column_sums[plane].begin(), weight.column_sums[plane].end(),
-              sums + plane * width);
+    int32_t* row = sums + plane * (width + 1);
+    std::copy(weight.column_sums[plane].begin(), weight.column_sums[plane].end(), row);
+    row[width] = weight.sides[plane];
   }
-  const size_t shape[] = {planes, width};
+  const size_t shape[] = {planes, width + 1};
   return {sums, 2, shape, owner};
 }
 
