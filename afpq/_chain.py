@@ -19,7 +19,7 @@ from afpq._clip import Clip, clip_fields, find_clip
 from afpq._fold import Constants, attribute
 from afpq._shapes import same_shape
 
-__all__ = ["Residual", "chain", "find_residuals"]
+__all__ = ["Residual", "channels_first", "find_residuals", "pass_bytes"]
 
 _POOL_FIELDS = ("kernel_shape", "strides", "pads", "dilations", "auto_pad", "ceil_mode")
 
@@ -69,13 +69,32 @@ def find_residuals(graph: ir.Graph, convs: Set[str]) -> Iterator[Residual]:
                 yield residual
 
 
-def chain(graph: ir.Graph, entries: Mapping[str, ActivationEntry], integer: Set[str]) -> int:
+def pass_bytes(graph: ir.Graph, entries: Mapping[str, ActivationEntry], integer: Set[str]) -> int:
     """Makes bytes of all tensors that can be; returns how many. `entries` goes by tensor.
 
     Nodes of the domain `afpq` are as `Emitter` leaves them; `integer` names those that multiply integers, and so can
     take bytes and residuals.
     """
     return _Chain(graph, entries, integer).run()
+
+
+def channels_first(graph: ir.Graph) -> None:
+    """Undoes `pass_bytes` for nodes that are no convolutions: tensors are floats with channels on axis 1 again."""
+    for node in list(graph):
+        if node.domain == "afpq" and node.op_type == "MaxPoolU8":
+            node.domain, node.op_type = "", "MaxPool"
+        elif _is_concat(node, -1) and any(_makes_bytes(v) for v in node.inputs):
+            node.attributes["axis"] = ir.AttrInt64("axis", 1)
+
+
+def _makes_bytes(value: ir.Value | None) -> bool:
+    """Whether a tensor is, or was before `channels_first`, one that `pass_bytes` made bytes of."""
+    node = None if value is None else value.producer()
+    if node is None:
+        return False
+    if node.domain == "afpq":
+        return node.op_type in ("ConvU8", "MaxPoolU8")
+    return (_is_pool(node) or _is_concat(node, 1)) and any(_makes_bytes(v) for v in node.inputs)
 
 
 class _Chain:
@@ -232,5 +251,5 @@ def _is_pool(node: ir.Node) -> bool:
     )
 
 
-def _is_concat(node: ir.Node) -> bool:
-    return node.domain == "" and node.op_type == "Concat" and attribute(node, "axis", 0) == 1
+def _is_concat(node: ir.Node, axis: int = 1) -> bool:
+    return node.domain == "" and node.op_type == "Concat" and attribute(node, "axis", 0) == axis

@@ -10,7 +10,7 @@ a convolution: each sample) adapts. A tensor whose static error would be more th
 bit of resolution, gets none, and its layers round it by its own range, as they do without calibration.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from afpq.plan import ActivationEntry, Option, Plan, allocate
 from afpq.rounding import best_scale
 from afpq.runtime import FloatModel
 
-__all__ = ["WORSE", "allocate_activations", "choose_activations"]
+__all__ = ["WORSE", "added_tensors", "allocate_activations", "choose_activations"]
 
 # All integers of a byte. Every other format that fits one has a part of them, and can only lose at the same scale;
 # exponents pay in fewer bits, see `allocate_activations`.
@@ -74,8 +74,8 @@ def choose_activations(
             readers.setdefault(layer.input_name, []).append(layer)
             if layer.kind == "conv":
                 convs.add(layer.output_name)
-    for residual in find_residuals(with_shapes(model.ir.clone()).graph, convs):
-        readers.setdefault(residual.other.name or "", [])
+    for tensor in added_tensors(model, convs):
+        readers.setdefault(tensor, [])
     chosen: dict[str, ActivationEntry] = {}
     for done, (tensor, drawn) in enumerate(_drawn(model, readers, data), 1):
         allowed = _SIGNED if _sees_negative(readers[tensor], stats) else _UNSIGNED
@@ -129,6 +129,14 @@ def allocate_activations(
     picked = allocate(options, int(bits * total))
     entries = tuple(found[t][choice] for t, choice in zip(found, picked, strict=True))
     return entries, sum(e.format.bits * elements[e.tensor] for e in entries) / total
+
+
+def added_tensors(model: Model, convs: Set[str] | None = None) -> list[str]:
+    """Tensors that are added to what a convolution makes, one of `convs` (output names; all, if None)."""
+    if convs is None:
+        convs = {layer.output_name for layer in model.layers if layer.kind == "conv"}
+    graph = with_shapes(model.ir.clone()).graph
+    return [residual.other.name or "" for residual in find_residuals(graph, convs)]
 
 
 def _sees_negative(layers: Sequence[Layer], stats: Stats) -> bool:

@@ -21,6 +21,7 @@ from afpq.packing import unpack
 
 __all__ = [
     "DOMAIN",
+    "WITHOUT_WEIGHT",
     "FloatTensor",
     "PackedLayer",
     "PackedModel",
@@ -38,7 +39,7 @@ __all__ = [
 
 DOMAIN = "afpq"
 SPEC_VERSION = "1"
-WITHOUT_WEIGHT = ("MaxPoolU8",)
+WITHOUT_WEIGHT = ("MaxPoolU8",)  # operators of the domain that are no layers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from afpq import __version__
 from afpq._activation_entry import ActivationEntry
-from afpq._chain import chain
+from afpq._chain import pass_bytes
 from afpq._emit import DOMAIN, Emitter, pack_scale
 from afpq._fold import set_constants
 from afpq._shapes import with_shapes
@@ -56,12 +56,13 @@ def rewrite(
     *,
     constants: Mapping[str, npt.NDArray[np.float32]] | None = None,
     activations: str = "a16",
+    chain: bool = True,
 ) -> ir.Model:
     """The packed model; layers whose weight_name is not in `tensors` stay float. `model` is not changed.
 
     `biases` ([n] by layer name) replace the layers' own, `constants` other initializers of the same shape, by name.
-    With `activations` a8, the plan's static activation formats are written, and convolutions pass tensors to each
-    other in them. The same arguments give the same bytes.
+    With `activations` a8, the plan's static activation formats are written, and with `chain` convolutions pass
+    tensors to each other in them. The same arguments give the same bytes.
 
     Raises:
         PlanError: a name, a shape or the activation mode does not exist.
@@ -78,8 +79,8 @@ def rewrite(
         if layer.weight_name in tensors:
             emitter.replace(layer, biases.get(layer.name))
     emitter.finish()
-    if static:
-        chain(clone.graph, static, _multiplying_bytes(model, tensors))
+    if static and chain:
+        pass_bytes(clone.graph, static, _multiplying_bytes(model, tensors))
     _strip(clone)
     clone.graph.opset_imports[DOMAIN] = OPSET_VERSION
     clone.metadata_props.update(
