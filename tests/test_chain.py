@@ -202,7 +202,7 @@ def test_tools_understand_chained_files(tmp_path: Path) -> None:
         "MaxPool",
         "Concat",
     }
-    assert compare(built.source, exported, {"x": built.data}).outputs[0].sqnr_db > 20
+    assert compare(built.source, exported, {"x": built.data}).outputs[0].sqnr_db > 15
 
 
 def test_a_plan_can_name_tensors_that_are_only_added(tmp_path: Path) -> None:
