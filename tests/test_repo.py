@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 
-# A module imports only modules of its own group or of groups before it (README, "Layers of the code"). Private
+# A module imports only modules of its own group or of groups before it (CONTRIBUTING, "Layers of the code"). Private
 # modules (`_name`) are parts of the public ones that use them: what they import counts for those.
 LAYERS = (
     ("errors",),
