@@ -58,6 +58,7 @@ def build_graph(
         budget=job.budget,
         objective=plan.objective,
         predicted_loss=plan.predicted_loss,
+        frontier=plan.frontier,
         layers=layer_facts(plan.entries, sqnr),
         left_float=_left_float(job, plan),
         float_bytes=_float_bytes(job.model, tensors),

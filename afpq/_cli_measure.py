@@ -1,4 +1,4 @@
-"""The commands that run models: compare, bench, report."""
+"""The commands that run models: compare, bench."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,15 +8,12 @@ import click
 
 from afpq._cli_output import (
     StageProgress,
-    check_output,
-    check_report_suffix,
     data_options,
     format_change,
     json_option,
     print_json,
     print_line,
     print_table,
-    read_plan,
     threads_option,
 )
 from afpq.errors import PlanError
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
     from afpq.evaluate import Comparison
     from afpq.simulate import Simulated
 
-__all__ = ["bench", "compare", "print_comparison", "report"]
+__all__ = ["bench", "compare", "print_comparison"]
 
 _FILE = click.Path(path_type=Path)
 
@@ -208,62 +205,6 @@ def bench(
         print_json(asdict(result))
     else:
         _print_bench(result)
-
-
-@click.command(short_help="Write a report of a packed model.")
-@click.argument("model", type=_FILE)
-@click.option("-o", "--output", type=_FILE, required=True, help="R.md or R.json.")
-@click.option("--reference", type=_FILE, help="The float model, to compare with.")
-@click.option("--plan", type=_FILE, help="The plan it was made by, for the predicted losses.")
-@click.option("--data", metavar="SRC", help="Samples to compare on; needs --reference.")
-@data_options
-@click.option("--force", is_flag=True, help="Replace an existing report.")
-@threads_option
-def report(
-    model: Path,
-    *,
-    output: Path,
-    reference: Path | None,
-    plan: Path | None,
-    data: str | None,
-    preprocess: str | None,
-    samples: int | None,
-    force: bool,
-    threads: int,
-) -> None:
-    """Write a report of a packed model: sizes, formats, kernels, what stayed float, accuracy."""
-    from afpq import report as write
-    from afpq.evaluate import compare as run
-    from afpq.packed import file_bytes, read_packed
-
-    check_report_suffix(output)
-    check_output(output, force=force, sources=[model, reference, plan])
-    if data is not None and reference is None:
-        raise click.UsageError("--data needs --reference")
-    packed = read_packed(model)
-    facts: dict[str, Any] = {}
-    if reference is not None:
-        facts["source"] = write.file_facts(reference, file_bytes(reference))
-    if plan is not None:
-        found = read_plan(plan)
-        if found.plan_hash != packed.metadata.get("afpq.plan_hash"):
-            raise PlanError(f"{plan}: not the plan that {model} was made by")
-        facts["layers"] = write.layer_facts(found.entries)
-        facts |= {"objective": found.objective, "predicted_loss": found.predicted_loss}
-    if data is not None and reference is not None:
-        with StageProgress() as progress:
-            result = run(
-                reference,
-                model,
-                data,
-                preprocess=preprocess,
-                limit=samples,
-                threads=threads,
-                progress=progress,
-            )
-        facts["accuracy"] = write.accuracy_facts(result.to_dict(), data)
-    write.write_report(write.build_report(packed, write.RunFacts(**facts)), output)
-    print_line(f"{output}: report of {model}")
 
 
 def print_comparison(result: "Comparison") -> None:

@@ -47,7 +47,7 @@ __all__ = [
     "threads_option",
 ]
 
-REPORT_SUFFIXES = (".md", ".json")
+REPORT_SUFFIXES = (".html", ".md", ".json")
 
 _SHOW_AFTER_S = 2.0  # faster stages show nothing on a terminal
 _REPEAT_S = 10.0  # off a terminal, a line at most this often inside a stage
@@ -112,7 +112,7 @@ def check_report_suffix(path: Path) -> None:
         UsageError: the suffix is not supported.
     """
     if path.suffix not in REPORT_SUFFIXES:
-        known = " and ".join(REPORT_SUFFIXES)
+        known = f"{', '.join(REPORT_SUFFIXES[:-1])} and {REPORT_SUFFIXES[-1]}"
         raise click.UsageError(f"report {path}: the supported suffixes are {known}")
 
 

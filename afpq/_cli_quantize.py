@@ -141,7 +141,12 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
 )
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Show the plan with its exact bytes; write no model.")
-@click.option("--report", type=_FILE, metavar="R.md", help="Also write a report: R.md or R.json.")
+@click.option(
+    "--report",
+    type=_FILE,
+    metavar="R.html",
+    help="Also write a report: R.html, R.md or R.json. Times the model for a second or two.",
+)
 @json_option
 @click.option(
     "--resume",
@@ -240,10 +245,12 @@ def _quantize(model: Path, options: _Options) -> int:
                 write_text(options.save_plan, result.plan.to_json())
         assert options.output is not None
         size = result.save(options.output)
-    job.journal.remove()
-    result.facts = replace(result.facts, command=_command_line(), seconds=dict(progress.seconds))
-    if options.report is not None:
-        result.report(options.report)
+        job.journal.remove()
+        result.facts = replace(
+            result.facts, command=_command_line(), seconds=dict(progress.seconds)
+        )
+        if options.report is not None:
+            result.report(options.report, progress=progress)
     return print_result(job, result, size, as_json=options.as_json)
 
 

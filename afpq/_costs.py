@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from afpq._candidates import Candidate, Target
+from afpq._fields import rounded
 from afpq._measure import Workshop
 from afpq.errors import PlanError
 from afpq.plan import Option, Plan, PlanEntry, allocate
@@ -13,6 +14,9 @@ from afpq.plan import Option, Plan, PlanEntry, allocate
 __all__ = ["DEFAULT_BITS", "Costs"]
 
 DEFAULT_BITS = 5.0
+
+_FRONTIER_POINTS = 13
+_FRONTIER_BITS = 8.0  # where it ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,24 @@ class Costs:
         """The sum of losses of a choice."""
         return math.fsum(self.losses[name][j] for name, j in choice.items())
 
+    @cached_property
+    def frontier(self) -> tuple[tuple[float, float], ...]:
+        """Bits per weight and least sum of losses under budgets from the smallest plan to 8 bits."""
+        if not self.active:
+            return ()
+        largest = max(self.smallest_bits, round(_FRONTIER_BITS * self.num_weights))
+        steps = _FRONTIER_POINTS - 1
+        limits = [
+            self.smallest_bits + (largest - self.smallest_bits) * i // steps
+            for i in range(_FRONTIER_POINTS)
+        ]
+        points = {}
+        for limit in dict.fromkeys(limits):
+            choice = self.choose(limit)
+            bits = sum(self.found[name][j].storage_bits for name, j in choice.items())
+            points[bits] = rounded(self.predicted(choice)) or 0.0
+        return tuple((rounded(bits / self.num_weights) or 0.0, x) for bits, x in points.items())
+
     def plan(self, *, bits: float | None = None, size: int | None = None) -> Plan:
         """The plan with the least sum of losses that `bits` per weight (default 5) or `size` in bytes allow.
 
@@ -79,7 +101,7 @@ class Costs:
             else _float_entry(t)
             for t in self.targets
         )
-        return Plan(entries, budget, self.objective)
+        return Plan(entries, budget, self.objective, frontier=self.frontier)
 
     def budget(self, bits: float | None, size: int | None) -> float:
         """The budget in bits per weight."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CONFIDENCE", "Drop", "drop_of"]
+__all__ = ["CONFIDENCE", "Drop", "drop_of", "share_interval"]
 
 CONFIDENCE = 0.95
 _Z = 1.959963984540054  # of a normal distribution, two sides
@@ -65,6 +65,18 @@ def drop_of(outputs: Sequence[Output]) -> Drop | None:
     return None
 
 
+def share_interval(count: int, rows: int) -> tuple[float, float]:
+    """In percent, where a share of which `count` of `rows` were seen may lie: the interval of Wilson, 1927."""
+    share = count / rows
+    scale = 1 + _Z**2 / rows
+    centre = (share + _Z**2 / (2 * rows)) / scale
+    half = _Z * math.sqrt(share * (1 - share) / rows + (_Z / (2 * rows)) ** 2) / scale
+    # At shares of 0 and 1 the bound is the share itself: rounding must not put it beside.
+    percent = 100 * count / rows
+    low, high = 100 * max(centre - half, 0.0), 100 * (centre + half)
+    return min(low, percent), max(high, percent)
+
+
 def _top1(output: Output) -> tuple[float, float, float]:
     """The difference of two paired shares, with the adjusted Wald interval of Agresti and Min, 2005.
 
@@ -78,17 +90,10 @@ def _top1(output: Output) -> tuple[float, float, float]:
 
 
 def _disagreement(output: Output) -> tuple[float, float, float]:
-    """A share with the interval of Wilson, 1927."""
     n = output["num_rows"]
     changed = n - round(n * output["agreement"])  # an integer: 1 of 50 is 2 %, not a bit more
-    share = changed / n
-    scale = 1 + _Z**2 / n
-    centre = (share + _Z**2 / (2 * n)) / scale
-    half = _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2) / scale
-    # At shares of 0 and 1 the bound is the share itself: rounding must not put it beside.
-    percent = 100 * changed / n
-    low, high = 100 * max(centre - half, 0.0), 100 * (centre + half)
-    return percent, min(low, percent), max(high, percent)
+    low, high = share_interval(changed, n)
+    return 100 * changed / n, low, high
 
 
 def _error(output: Output) -> tuple[float, float, float]:

@@ -25,6 +25,8 @@ __all__ = ["DEFAULT_BITS", "Job", "float_tensors", "prepare"]
 MIN_BITS, MAX_BITS = 2.0, 8.0
 ACTIVATIONS = ("a16", "a8", "f32")
 KINDS = ("real", "integer")
+# Facts of the environment that change no bytes of the result.
+_NO_VERSIONS = ("cores", "system", "processor")
 HELD_OUT = 0.25  # of the calibration samples: corrections are proven on them
 MIN_SAMPLES_TO_SPLIT = 8
 _SETTINGS = (  # that decide about the bytes
@@ -169,7 +171,7 @@ def _journaled(job: Job, folder: str | Path | None) -> Job:
         "plan": None if job.plan is None else job.plan.plan_hash,
         **{name: getattr(job, name) for name in _SETTINGS},
         # Another library may add up in another order.
-        "version of": {k: v for k, v in environment().items() if k not in ("cores", "system")},
+        "version of": {k: v for k, v in environment().items() if k not in _NO_VERSIONS},
     }
     return replace(job, journal=Journal.open(folder, identity))
 

@@ -15,8 +15,11 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         _headline(report),
         _accuracy(report["accuracy"]),
         _goal(report["goal"]),
+        _frontier(report),
+        _speed(report["speed"]),
         _layer_table(report["layers"]),
         _remarks(report["layers"]),
+        _not_measured(report["not_measured"]),
         _float_part(report["left_float"], report["float_tensors"]),
         _calibration(report),
         _provenance(report),
@@ -92,10 +95,49 @@ def _goal(goal: Mapping[str, Any] | None) -> str:
     )
 
 
+def _frontier(report: Mapping[str, Any]) -> str:
+    if len(report["frontier"]) < 2:
+        return ""
+    rows = [(f"{bits:.3f}", _number(loss)) for bits, loss in report["frontier"]]
+    return "## Other budgets\n\nThe best plan for each, as predicted.\n\n" + markdown_table(
+        ("bits per weight", f"predicted loss ({report['objective']})"), rows
+    )
+
+
+def _speed(speed: Mapping[str, Any] | None) -> str:
+    if speed is None:
+        return ""
+    rows = [
+        (
+            name,
+            *(f"{speed[key][field]:.3f}" for field in ("median_ms", "p10_ms", "p90_ms", "load_ms")),
+        )
+        for name, key in (("float", "reference"), ("packed", "model"))
+        if speed[key] is not None
+    ]
+    ratio = ""
+    if speed["ratio"] is not None:
+        r = speed["ratio"]
+        ratio = f"\n\nTime ratio {r['median']:.3f} (10..90 %: {r['p10']:.3f}..{r['p90']:.3f})."
+    return (
+        f"## Speed on this machine\n\n{speed['rounds']} interleaved runs, {speed['threads']} threads, input "
+        f"{speed['inputs']}.\n\n"
+        + markdown_table(("model", "median ms", "10 %", "90 %", "load ms"), rows)
+        + ratio
+    )
+
+
+def _not_measured(reasons: Mapping[str, str]) -> str:
+    if not reasons:
+        return ""
+    lines = [f"- {what}: {why}" for what, why in reasons.items()]
+    return "## Not measured\n\n" + "\n".join(lines)
+
+
 def _layer_table(layers: list[dict[str, Any]]) -> str:
     columns = (
         "layer", "op", "format", "granularity", "bits per weight", "weights", "bytes",
-        "predicted loss", "SQNR dB", "kernel", "input",
+        "predicted loss", "measured loss", "SQNR dB", "output SQNR dB", "time", "kernel", "input",
     )  # fmt: skip
     rows = [
         (
@@ -107,7 +149,10 @@ def _layer_table(layers: list[dict[str, Any]]) -> str:
             f"{e['num_weights']:,}",
             f"shared with {e['shared_with']}" if e["shared_with"] else f"{e['bytes']:,}",
             _number(e["predicted_loss"]),
+            _number(e["measured_loss"]),
             _number(e["sqnr_db"]),
+            _number(e["output_sqnr_db"]),
+            "" if e["time_share"] is None else f"{100 * e['time_share']:.1f} %",
             e["kernel"],
             e["input_format"],
         )

@@ -4,8 +4,10 @@ The pair is two files with the same inputs, usually a float model and its packed
 comparable; the spread (10th to 90th percentile) is reported with them.
 """
 
+import json
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from afpq.errors import DataError, ModelError
 from afpq.packed import file_bytes
 from afpq.runtime import session
 
-__all__ = ["BenchResult", "Timing", "bench"]
+__all__ = ["BenchResult", "Rounds", "Timing", "bench", "node_shares", "time_models"]
 
 _MIN_ROUNDS = 20
 _WARM_UP = 3
+_MIN_PROFILED = 3
+_KERNEL_TIME = "_kernel_time"  # how the profile ends the name of a node
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,21 @@ class BenchResult:
     shapes: Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """Models that were timed in turn."""
+
+    timings: tuple[Timing, ...]
+    milliseconds: npt.NDArray[np.float64]  # [models, rounds]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def ratio(self) -> tuple[float, float, float]:
+        """The last model's time over the first's: median over the rounds, 10th and 90th percentile."""
+        ratios = self.milliseconds[-1] / self.milliseconds[0]
+        p10, median, p90 = np.percentile(ratios, (10, 50, 90))
+        return float(median), float(p10), float(p90)
+
+
 def bench(
     first: str | Path,
     second: str | Path,
@@ -67,26 +86,84 @@ def bench(
         ModelError: a file cannot be loaded or run.
         DataError: the models do not have the same inputs, or these cannot be made up.
     """
-    loaded = [_load(path, threads) for path in (first, second)]
+    rounds = time_models(
+        (first, second),
+        feeds=feeds,
+        threads=threads,
+        batch=batch,
+        seconds=seconds,
+        progress=progress,
+    )
+    ratio, ratio_p10, ratio_p90 = rounds.ratio()
+    return BenchResult(
+        first=rounds.timings[0],
+        second=rounds.timings[1],
+        ratio=ratio,
+        ratio_p10=ratio_p10,
+        ratio_p90=ratio_p90,
+        num_rounds=rounds.milliseconds.shape[1],
+        threads=threads,
+        shapes=rounds.shapes,
+    )
+
+
+def time_models(
+    paths: Sequence[str | Path],
+    *,
+    feeds: Feeds | None = None,
+    threads: int = 0,
+    batch: int = 1,
+    seconds: float = 5.0,
+    min_rounds: int = _MIN_ROUNDS,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Rounds:
+    """Runs any number of models in turn for about `seconds`, at least `min_rounds` times each; see `bench`."""
+    loaded = [_load(path, threads) for path in paths]
     sessions = [s for s, _ in loaded]
     names = [sorted(i.name for i in s.get_inputs()) for s in sessions]
-    if names[0] != names[1]:
-        raise DataError(
-            f"{first} has the inputs {', '.join(names[0])}, {second} has {', '.join(names[1])}"
-        )
+    for path, other in zip(paths[1:], names[1:], strict=True):
+        if other != names[0]:
+            raise DataError(
+                f"{paths[0]} has the inputs {', '.join(names[0])}, {path} has {', '.join(other)}"
+            )
     feeds = random_feeds(sessions[0], batch) if feeds is None else feeds
-    times = _rounds(sessions, feeds, seconds, progress)
-    ratios = times[1] / times[0]
-    return BenchResult(
-        first=_timing(first, loaded[0][1], times[0]),
-        second=_timing(second, loaded[1][1], times[1]),
-        ratio=float(np.median(ratios)),
-        ratio_p10=float(np.percentile(ratios, 10)),
-        ratio_p90=float(np.percentile(ratios, 90)),
-        num_rounds=times.shape[1],
-        threads=threads,
-        shapes={name: array.shape for name, array in feeds.items()},
+    times = _rounds(sessions, feeds, seconds, min_rounds, progress)
+    return Rounds(
+        tuple(
+            _timing(path, load_ms, row)
+            for path, (_, load_ms), row in zip(paths, loaded, times, strict=True)
+        ),
+        times,
+        {name: array.shape for name, array in feeds.items()},
     )
+
+
+def node_shares(
+    path: str | Path, feeds: Feeds | None = None, *, threads: int = 0, seconds: float = 0.5
+) -> dict[str, float]:
+    """The share of a model's time that each node takes by onnxruntime's own profile, by node name.
+
+    Raises:
+        ModelError: the file cannot be loaded or run.
+        DataError: inputs cannot be made up.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model = session(path, threads=threads, profile=Path(folder) / "profile")
+        feeds = random_feeds(model) if feeds is None else feeds
+        start = time.perf_counter()
+        runs = 0
+        while runs < _MIN_PROFILED or time.perf_counter() - start < seconds:
+            _run(model, feeds)
+            runs += 1
+        events = json.loads(Path(model.end_profiling()).read_text())
+    taken: dict[str, float] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith(_KERNEL_TIME):
+            name = name.removesuffix(_KERNEL_TIME)
+            taken[name] = taken.get(name, 0.0) + float(event["dur"])
+    total = sum(taken.values())
+    return {name: duration / total for name, duration in taken.items()} if total else {}
 
 
 def _load(path: str | Path, threads: int) -> tuple[ort.InferenceSession, float]:
@@ -99,34 +176,37 @@ def _rounds(
     sessions: list[ort.InferenceSession],
     feeds: Feeds,
     seconds: float,
+    min_rounds: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> npt.NDArray[np.float64]:
-    """Milliseconds [2, rounds]; who goes first alternates."""
+    """Milliseconds [models, rounds]; who goes first alternates."""
     for model in sessions:
-        try:
-            for _ in range(_WARM_UP):
-                model.run(None, feeds)
-        except Exception as error:  # onnxruntime has a kind of its own for every status
-            message = " ".join(str(error).split())
-            raise ModelError(
-                f"onnxruntime cannot run the model on this input: {message}"
-            ) from error
-    times: list[tuple[float, float]] = []
+        for _ in range(_WARM_UP):
+            _run(model, feeds)
+    times: list[list[float]] = []
     start = time.perf_counter()
-    while len(times) < _MIN_ROUNDS or time.perf_counter() - start < seconds:
-        order = (0, 1) if len(times) % 2 else (1, 0)
-        taken = [0.0, 0.0]
-        for index in order:
+    while len(times) < min_rounds or time.perf_counter() - start < seconds:
+        order = range(len(sessions))
+        taken = [0.0] * len(sessions)
+        for index in order if len(times) % 2 else reversed(order):
             begin = time.perf_counter()
             sessions[index].run(None, feeds)
             taken[index] = 1e3 * (time.perf_counter() - begin)
-        times.append((taken[0], taken[1]))
+        times.append(taken)
         if progress is not None:
-            share = min((time.perf_counter() - start) / seconds, len(times) / _MIN_ROUNDS)
+            share = min((time.perf_counter() - start) / seconds, len(times) / min_rounds)
             progress("bench", min(int(100 * share), 99), 100)
     if progress is not None:
         progress("bench", 100, 100)
     return np.asarray(np.array(times).T)
+
+
+def _run(model: ort.InferenceSession, feeds: Feeds) -> None:
+    try:
+        model.run(None, feeds)
+    except Exception as error:  # onnxruntime has a kind of its own for every status
+        message = " ".join(str(error).split())
+        raise ModelError(f"onnxruntime cannot run the model on this input: {message}") from error
 
 
 def _timing(path: str | Path, load_ms: float, times: npt.NDArray[np.float64]) -> Timing:

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 
 import click
 
-from afpq import _cli_diff, _cli_inspect, _cli_look, _cli_measure, _cli_quantize, _cli_sweep
+from afpq import (
+    _cli_diff,
+    _cli_inspect,
+    _cli_look,
+    _cli_measure,
+    _cli_quantize,
+    _cli_report,
+    _cli_sweep,
+)
 from afpq._cli_output import note
 from afpq.errors import AfpqError
 
@@ -54,7 +62,7 @@ for _command in (
     _cli_diff.diff,
     _cli_measure.compare,
     _cli_measure.bench,
-    _cli_measure.report,
+    _cli_report.report,
     _cli_sweep.sweep,
     _cli_look.formats,
     _cli_look.verify,

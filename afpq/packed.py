@@ -31,6 +31,7 @@ __all__ = [
     "model_files",
     "read_ir",
     "read_packed",
+    "scale_columns",
     "weight_values",
 ]
 
@@ -81,6 +82,14 @@ class PackedLayer:
     def storage_bytes(self) -> int:
         """Codes and scales."""
         return int(self.packed.nbytes + self.stored_scale.nbytes)
+
+    @property
+    def bias(self) -> npt.NDArray[np.float32] | None:
+        """The layer's bias [n], if it has one."""
+        position = 3 if self.op in ("MatMul", "Conv") else len(self.node.inputs)
+        value = self.node.inputs[position] if len(self.node.inputs) > position else None
+        constant = None if value is None else value.const_value
+        return None if constant is None else constant.numpy().reshape(-1)
 
     @property
     def bits_per_weight(self) -> float:
@@ -239,15 +248,18 @@ def model_files(path: str | Path, model: ir.Model | None = None) -> list[Path]:
 def weight_values(layer: PackedLayer) -> npt.NDArray[np.float32]:
     """The weights of a layer by the definition: float32 [n, k]."""
     codes = unpack(layer.packed, layer.n, layer.k, layer.format.bits)
+    return decode(codes, layer.format, scale_columns(layer))
+
+
+def scale_columns(layer: PackedLayer) -> npt.NDArray[np.float32]:
+    """The scale of every weight of a layer: float32 [n, k], or [n, 1] where a channel has one."""
     if layer.kind == "integer":
         scale = scale_of(layer.format, layer.stored_scale)
     else:
         scale = layer.stored_scale.astype(np.float32)
     if layer.group_size:
-        columns = np.repeat(scale, layer.group_size, axis=0)[: layer.k].T
-    else:
-        columns = np.broadcast_to(scale.reshape(-1, 1), (layer.n, 1))
-    return decode(codes, layer.format, columns)
+        return np.asarray(np.repeat(scale, layer.group_size, axis=0)[: layer.k].T)
+    return np.broadcast_to(scale.reshape(-1, 1), (layer.n, 1))
 
 
 def checksum(layer: PackedLayer) -> str:

@@ -8,7 +8,7 @@ format (sizes, bits per weight) is written for the reader and computed again on 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -94,7 +94,8 @@ class Plan:
 
     `objective` is `kl` or `squared_error` (measured on the network's outputs), `output_error` (from calibration
     statistics alone) or `weight_error` (no data at all). `activations` holds the static formats of tensors that layers
-    read, None before they were chosen; a tensor without an entry is rounded by the range of each row.
+    read, None before they were chosen; a tensor without an entry is rounded by the range of each row. `frontier` tells
+    what other budgets would have given, as pairs of bits per weight and predicted loss; it decides nothing.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -102,6 +103,7 @@ class Plan:
     objective: str
     spec_version: int = SPEC_VERSION
     activations: tuple[ActivationEntry, ...] | None = None
+    frontier: tuple[tuple[float, float], ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -121,8 +123,8 @@ class Plan:
 
     @property
     def plan_hash(self) -> str:
-        """sha256 of the canonical JSON, hexadecimal."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """sha256 of the canonical JSON without the frontier, hexadecimal: of what decides about the file."""
+        return hashlib.sha256(replace(self, frontier=()).to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Canonical JSON: the same plan gives the same bytes, on every machine."""
@@ -133,6 +135,8 @@ class Plan:
             "bits_per_weight": rounded(self.bits_per_weight),
             "predicted_loss": rounded(self.predicted_loss),
         }
+        if self.frontier:
+            head["frontier"] = [[rounded(bits), rounded(loss)] for bits, loss in self.frontier]
         lines = [f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()]
         sections = {"entries": [_entry_fields(e) for e in self.entries]}
         if self.activations is not None:
@@ -160,6 +164,7 @@ class Plan:
             "budget",
             "bits_per_weight",
             "predicted_loss",
+            "frontier",
             "entries",
             "activations",
         )
@@ -176,7 +181,8 @@ class Plan:
             activations = tuple(read_activation(i, item) for i, item in enumerate(items))
             _check_tensors(activations)
         budget = fields.number("budget", optional=True)
-        return Plan(entries, budget, fields.text("objective"), version, activations)
+        frontier = _read_frontier(document.get("frontier", []))
+        return Plan(entries, budget, fields.text("objective"), version, activations, frontier)
 
 
 def storage_bits(n: int, k: int, fmt: AfpFormat, kind: str, granularity: str) -> int:
@@ -299,6 +305,17 @@ def _read_entry(index: int, item: object) -> PlanEntry:
     error = fields.number("error", optional=True)
     loss = fields.number("predicted_loss", optional=True)
     return PlanEntry(**{**vars(entry), "error": error, "predicted_loss": loss})
+
+
+def _read_frontier(items: object) -> tuple[tuple[float, float], ...]:
+    if not isinstance(items, list) or not all(isinstance(i, list) and len(i) == 2 for i in items):
+        raise PlanError("plan: frontier is not a list of [bits per weight, loss]")
+    points = []
+    for bits, loss in items:
+        fields = Fields("plan frontier", {"bits per weight": bits, "loss": loss})
+        found = [fields.number(name, optional=False) for name in ("bits per weight", "loss")]
+        points.append((found[0] or 0.0, found[1] or 0.0))
+    return tuple(points)
 
 
 def _entry_fields(entry: PlanEntry) -> dict[str, Any]:

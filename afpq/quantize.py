@@ -25,6 +25,7 @@ from afpq._build import (
     try_file,
     with_activations,
 )
+from afpq._examine import Reference, examine
 from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
 from afpq._smallest import smallest_model
@@ -32,7 +33,7 @@ from afpq.calibrate import Stats, calibrate
 from afpq.equalize import equalize as equalize_model
 from afpq.errors import ModelError, NaNError
 from afpq.graph import Model
-from afpq.packed import describe_packed, file_bytes, is_packed, read_ir
+from afpq.packed import PackedModel, describe_packed, file_bytes, is_packed, read_ir
 from afpq.plan import Plan
 from afpq.report import RunFacts, build_report, write_report
 from afpq.rewrite import save
@@ -64,6 +65,7 @@ class QuantizedModel:
     facts: RunFacts
     path: Path | None = None  # where it lies on disk, once saved or loaded
     probe: Feeds | None = field(default=None, repr=False)  # one input, to run a saved file once
+    job: Job | None = field(default=None, repr=False)  # what it was made from; None after `load`
 
     def save(self, path: str | Path) -> int:
         """Writes the file, loads it again, runs it once, and only then gives it its name; returns its bytes.
@@ -90,13 +92,13 @@ class QuantizedModel:
         self.facts = replace(self.facts, checks={**self.facts.checks, **checks})
         return size
 
-    def report(self, path: str | Path) -> None:
-        """Writes the report, Markdown or JSON by the suffix.
+    def report(self, path: str | Path, *, progress: Progress | None = None) -> None:
+        """Writes the report, HTML, Markdown or JSON by the suffix; measures speed and single layers for it.
 
         Raises:
             AfpqError: the suffix is not known, or the model was not saved.
         """
-        write_report(self.summary(), path)
+        write_report(build_report(self._described(), self._examined(progress)), path)
 
     def summary(self) -> dict[str, Any]:
         """The report as a dictionary.
@@ -104,16 +106,32 @@ class QuantizedModel:
         Raises:
             ModelError: the model was not saved.
         """
-        if self.path is None:
-            raise ModelError("save the model before its report: the report measures the file")
-        packed = describe_packed(self.packed, self.path, file_bytes(self.path, read_ir(self.path)))
-        return build_report(packed, self.facts)
+        return build_report(self._described(), self.facts)
 
     def session(self, *, threads: int = 0) -> ort.InferenceSession:
         """An onnxruntime session of it."""
         if self.path is not None:
             return session(self.path, threads=threads)
         return session_of(self.packed, threads)
+
+    def _described(self) -> PackedModel:
+        if self.path is None:
+            raise ModelError("save the model before its report: the report measures the file")
+        return describe_packed(self.packed, self.path, file_bytes(self.path, read_ir(self.path)))
+
+    def _examined(self, progress: Progress | None) -> RunFacts:
+        job = self.job
+        reference = None
+        if job is not None:
+            reference = Reference(job.model, job.held_out, f"{job.data_name} (held out)")
+        return examine(
+            self._described(),
+            self.facts,
+            reference=reference,
+            feeds=self.probe,
+            threads=0 if job is None else job.threads,
+            progress=progress,
+        )
 
 
 def quantize(
@@ -242,7 +260,7 @@ def build(
     packed, facts = build_graph(job, plan, stats, progress)
     if job.equalize and stats is not None:
         packed, plan, facts = _equalized(job, plan, stats, (packed, facts), progress)
-    return QuantizedModel(packed, plan, facts, probe=_first_input(job))
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job), job=job)
 
 
 def reach_goal(
@@ -260,7 +278,7 @@ def reach_goal(
         stats = _statistics(job, progress)
     assert stats is not None
     plan, packed, facts = smallest_model(job, stats, progress)
-    return QuantizedModel(packed, plan, facts, probe=_first_input(job))
+    return QuantizedModel(packed, plan, facts, probe=_first_input(job), job=job)
 
 
 def _statistics(job: Job, progress: Progress) -> Stats | None:
@@ -308,6 +326,7 @@ def _equalized(
         made = build_graph(other, changed, known, progress)
     except NaNError as error:
         return packed, plan, with_note(str(error))
+    made[0].metadata_props["afpq.equalized"] = "yes"
     before, after = (_held_out_loss(facts) for _, facts in (plain, made))
     kept = after < before
     packed, facts = made if kept else plain

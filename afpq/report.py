@@ -1,4 +1,4 @@
-"""The report of a packed model: one dictionary, written as JSON or as Markdown.
+"""The report of a packed model: one dictionary, written as a page, as Markdown or as JSON.
 
 `build_report` collects what the file itself tells (sizes, formats, kernels, what stayed float); `RunFacts` adds what
 only the run that wrote it knows (source, plan, calibration, accuracy, command). Nothing is measured here.
@@ -8,13 +8,16 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from afpq import __version__
+from afpq._report_html import render_html
 from afpq._report_text import describe_gain, render_markdown
 from afpq.errors import AfpqError
 from afpq.packed import PackedLayer, PackedModel
@@ -30,12 +33,13 @@ __all__ = [
     "environment",
     "file_facts",
     "layer_facts",
+    "render_html",
     "render_markdown",
     "write_report",
     "write_text",
 ]
 
-SUFFIXES = (".md", ".json")
+SUFFIXES = (".html", ".md", ".json")
 SCHEMA = 1
 
 _LIBRARIES = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime")
@@ -45,8 +49,13 @@ _LIBRARIES = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime")
 class LayerFacts:
     """What the run knows about one stored tensor."""
 
-    predicted_loss: float | None = None
-    sqnr_db: float | None = None
+    predicted_loss: float | None = None  # what rounding it costs at the outputs, by the plan
+    measured_loss: float | None = None  # the same measured: this layer as packed, all others float
+    sqnr_db: float | None = None  # of its products, expected from calibration
+    weight_sqnr_db: float | None = None  # of its weights against the float model's
+    output_sqnr_db: float | None = None  # of its output in the packed network, measured
+    time_share: float | None = None
+    codebook_histogram: Mapping[str, Any] | None = None  # see `_examine.histogram`
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,12 @@ class RunFacts:
     correction: Mapping[str, Any] | None = None
     accuracy: Mapping[str, Any] | None = None
     goal: Mapping[str, Any] | None = None  # what --max-drop asked for and what it found
+    frontier: Iterable[Iterable[float]] = ()  # bits per weight and predicted loss of other budgets
+    speed: Mapping[str, Any] | None = None  # times in milliseconds, on this machine
+    measured: Mapping[str, Any] | None = (
+        None  # what measured losses of layers are, and of what data
+    )
+    not_measured: Mapping[str, str] = field(default_factory=dict)  # what is unknown, and why
     checks: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -80,6 +95,7 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
         float_bytes = int(model.metadata.get("afpq.float_weight_bytes", 4 * num_weights))
     return {
         "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "source": facts.source,
         "output": file_facts(model.path, model.file_bytes)
         | {
@@ -92,6 +108,8 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
             "output_bytes": model.file_bytes,
             "quantizable_weights_before_bytes": float_bytes,
             "packed_weights_bytes": packed_bytes,
+            "codes_bytes": sum(int(t.packed.nbytes) for t in tensors),
+            "scales_bytes": sum(int(t.stored_scale.nbytes) for t in tensors),
             "float_tensors_bytes": sum(t.nbytes for t in model.floats),
             "num_packed_weights": num_weights,
             "bits_per_weight": 8 * packed_bytes / num_weights if num_weights else None,
@@ -101,6 +119,10 @@ def build_report(model: PackedModel, facts: RunFacts | None = None) -> dict[str,
         "predicted_loss": facts.predicted_loss,
         "accuracy": facts.accuracy,
         "goal": facts.goal,
+        "frontier": [list(point) for point in facts.frontier],
+        "speed": facts.speed,
+        "measured_loss": facts.measured,
+        "not_measured": dict(facts.not_measured),
         "layers": _layers(model, facts),
         "left_float": [dict(entry) for entry in facts.left_float],
         "float_tensors": [asdict(t) for t in model.floats],
@@ -119,6 +141,7 @@ def environment() -> dict[str, Any]:
         "afpq": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "cores": os.cpu_count(),
     }
     result |= {name: _version(name) for name in _LIBRARIES}
@@ -148,7 +171,9 @@ def layer_facts(
     """What a plan predicts of every layer, with the SQNR of its weight (by weight_name) where that is known."""
     sqnr_db = {} if sqnr_db is None else sqnr_db
     return {
-        name: LayerFacts(entry.predicted_loss, sqnr_db.get(entry.weight_name))
+        name: LayerFacts(
+            predicted_loss=entry.predicted_loss, sqnr_db=sqnr_db.get(entry.weight_name)
+        )
         for entry in entries
         for name in entry.layers
     }
@@ -159,8 +184,8 @@ def accuracy_facts(comparison: Mapping[str, Any], data: str) -> dict[str, Any]:
     return {"data": data, **comparison}
 
 
-def write_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Writes Markdown (.md) or JSON (.json), whole or not at all.
+def write_report(report: Mapping[str, Any] | Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes one report or several as a page (.html), Markdown (.md) or JSON (.json), whole or not at all.
 
     Raises:
         AfpqError: the suffix is not one of `SUFFIXES`.
@@ -168,10 +193,21 @@ def write_report(report: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise AfpqError(f"report {path}: its suffix must be one of {', '.join(SUFFIXES)}")
-    if path.suffix == ".json":
-        write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    reports = [report] if isinstance(report, Mapping) else list(report)
+    if path.suffix == ".html":
+        write_text(path, render_html(reports))
+    elif path.suffix == ".json":
+        write_text(path, _json(reports))
     else:
-        write_text(path, render_markdown(report))
+        write_text(path, "\n".join(render_markdown(r) for r in reports))
+
+
+def _json(reports: Sequence[Mapping[str, Any]]) -> str:
+    """One report as it is, several as `reports`; lists of numbers on one line."""
+    content = reports[0] if len(reports) == 1 else {"schema": SCHEMA, "reports": reports}
+    text = json.dumps(content, indent=2, allow_nan=False)
+    # A text in JSON holds no line break, so this changes nothing but space.
+    return re.sub(r"\[\n[^\[\]{}\"]+\]", lambda m: f"[{' '.join(m[0][1:-1].split())}]", text) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -190,7 +226,8 @@ def _layers(model: PackedModel, facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
-    known = facts.layers.get(layer.name.removesuffix(".unpack"), LayerFacts())
+    by_name = facts.layers
+    known = by_name.get(layer.name) or by_name.get(layer.name.removesuffix(".unpack"), LayerFacts())
     return {
         "name": layer.name,
         "op": layer.op,
@@ -198,11 +235,11 @@ def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
         "bits": layer.format.bits,
         "kind": layer.kind,
         "granularity": layer.granularity,
+        "shape": [layer.n, layer.k],
         "num_weights": layer.num_weights,
         "bytes": layer.storage_bytes,
         "bits_per_weight": layer.bits_per_weight,
-        "predicted_loss": known.predicted_loss,
-        "sqnr_db": known.sqnr_db,
+        **asdict(known),
         "kernel": layer.kernel,
         "activations": layer.activations,
         "input_format": layer.input_format,
@@ -210,6 +247,16 @@ def _layer(layer: PackedLayer, owner: str, facts: RunFacts) -> dict[str, Any]:
         "remark": layer.remark,
         "shared_with": None if owner == layer.name else owner,
     }
+
+
+def _processor() -> str:
+    """The name of the processor, as well as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -122,6 +122,20 @@ def test_the_script_measures_the_shipped_network(tmp_path: Path) -> None:
     text = (tmp_path / "accuracy.md").read_text()
     assert text.count("- resnet_digits, ort-nbits: the network has no MatMul") == 1
 
+    first = rows
+    command[command.index("int") : command.index("--bits")] = ["gaussian-limit"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    # What was measured before stays, what was measured again is there once, and the limit is a limit.
+    assert [r["method"] for r in rows].count("float32") == 1
+    assert [r for r in rows if r["method"] == "int"] == [r for r in first if r["method"] == "int"]
+    plain, limit = (
+        next(r["kl"] for r in rows if r["method"] == m and round(r["bits_per_weight"]) == 4)
+        for m in ("int", "gaussian-limit")
+    )
+    assert 0 < limit < plain
+
 
 def test_the_sweep_script_writes_what_it_finds(tmp_path: Path) -> None:
     nodes = [graphs.node("Flatten", "input", "f"), graphs.node("MatMul", "f w", "y")]

@@ -1,8 +1,9 @@
 """Interleaved timing: what it reports, never how fast."""
 
+import numpy as np
 import pytest
 
-from afpq.bench import bench
+from afpq.bench import bench, node_shares, time_models
 from afpq.errors import DataError
 
 
@@ -29,3 +30,21 @@ def test_progress_ends_at_its_total(models, packed_lenet):
 def test_models_with_other_inputs_are_refused(models, packed_lenet, shared):
     with pytest.raises(DataError):
         bench(shared / "models/lm/stories260k.onnx", packed_lenet, seconds=0.05)
+
+
+def test_any_number_of_models_takes_turns(models, packed_lenet):
+    paths = [models / "lenet5_digits.onnx", packed_lenet, packed_lenet]
+    rounds = time_models(paths, seconds=0, min_rounds=4)
+    assert rounds.milliseconds.shape == (3, 4)
+    assert [timing.path for timing in rounds.timings] == [str(path) for path in paths]
+    expected = np.median(rounds.milliseconds[2] / rounds.milliseconds[0])
+    assert rounds.ratio()[0] == pytest.approx(expected)
+    assert rounds.shapes == {"input": (1, 1, 28, 28)}
+
+
+def test_nodes_share_the_time_of_a_model(packed_lenet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shares = node_shares(packed_lenet, seconds=0)
+    assert {"/0/Conv", "/7/Gemm", "/11/Gemm"} <= set(shares)
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+    assert list(tmp_path.iterdir()) == []  # the profile is gone

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results and exit codes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -348,3 +349,36 @@ def test_report_of_a_written_model(lenet: Path, packed_lenet: Path, models: Path
     assert code == 0
     text = report.read_text()
     assert "top1" in text and f"{lenet.stat().st_size:,}" in text
+
+
+def test_report_of_several_models_has_a_page_for_a_default(
+    packed_lenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copy(packed_lenet, tmp_path / "other.onnx"))
+    monkeypatch.chdir(tmp_path)
+
+    assert run("report", packed_lenet, other, "--no-bench") == 0
+
+    text = (tmp_path / "lenet5.afpq.html").read_text()
+    assert "Side by side" in text and "other.onnx" in text and "2 threads" not in text
+    assert run("report", packed_lenet, other, "--no-bench") == 1  # it is there already
+
+
+def test_report_finds_the_model_of_each_plan(lenet: Path, tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    for bits in (4, 5):
+        out, plan = tmp_path / f"{bits}.onnx", tmp_path / f"{bits}.json"
+        assert run("quantize", lenet, "-o", out, "--bits", bits, "--save-plan", plan) == 0
+    models, plans = (
+        (tmp_path / "4.onnx", tmp_path / "5.onnx"),
+        (tmp_path / "5.json", tmp_path / "4.json"),
+    )
+
+    code = run(
+        "report", *models, "--plan", plans[0], "--plan", plans[1], "--no-bench", "-o", report
+    )
+
+    assert code == 0
+    four, five = json.loads(report.read_text())["reports"]
+    assert four["predicted_loss"] > five["predicted_loss"] > 0
+    assert four["frontier"] == five["frontier"] != []

@@ -109,7 +109,7 @@ def test_a_glob_that_matches_nothing(
         (("--bits", "4", "--size", "1MB"), 2, "--bits and --size exclude each other"),
         (("--layer", "x=e9m9"), 2, "e9m9"),
         (("--layer", "x"), 2, "is not GLOB=FORMAT"),
-        (("--report", "r.html"), 2, "the supported suffixes are .md and .json"),
+        (("--report", "r.pdf"), 2, "the supported suffixes are .html, .md and .json"),
         (("--preprocess", "unit"), 2, "need --calib"),
         (("--plan", "none.json"), 1, "none.json"),
         (("--plan", "p.json", "--bits", "4"), 2, "--plan already decides"),

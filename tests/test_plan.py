@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -383,3 +384,19 @@ def test_check_plan_knows_the_tensors_that_layers_read() -> None:
     check_plan(STATIC, shapes, ["h"])
     with pytest.raises(PlanError, match="'h': no layer reads such a tensor; nearest: g"):
         check_plan(STATIC, shapes, ["g"])
+
+
+def test_a_frontier_is_kept_and_changes_no_hash() -> None:
+    plan = replace(PLAN, frontier=((2.0, 0.5), (4.125, 0.001)))
+
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.plan_hash == PLAN.plan_hash
+    assert '"frontier": [[2.0, 0.5], [4.125, 0.001]]' in plan.to_json()
+
+
+@pytest.mark.parametrize("frontier", [3, [[1]], [[1, 2, 3]], [["2", 1]], [[2, -1]], [[True, 1]]])
+def test_a_damaged_frontier_is_refused(frontier: object) -> None:
+    document = json.loads(PLAN.to_json()) | {"frontier": frontier}
+
+    with pytest.raises(PlanError, match="frontier"):
+        Plan.from_json(json.dumps(document))

@@ -63,6 +63,12 @@ def test_json_report_is_complete(
     assert sum(e["bytes"] for e in report["layers"]) == report["size"]["packed_weights_bytes"]
     for entry in report["layers"]:
         assert entry["sqnr_db"] > 10 and entry["predicted_loss"] >= 0
+        assert entry["measured_loss"] >= 0 and entry["output_sqnr_db"] > 10
+        assert 0 < entry["time_share"] < 1
+        assert sum(entry["codebook_histogram"]["codes"]) == sum(
+            entry["codebook_histogram"]["float"]
+        )
+        assert sum(entry["codebook_histogram"]["codes"]) == entry["num_weights"]
         assert entry["kernel"] in ("byte", "pair", "wide")
     assert report["left_float"][0]["name"] == "/0/Conv"
     assert "--exclude" in report["left_float"][0]["reason"]
@@ -70,6 +76,11 @@ def test_json_report_is_complete(
     assert report["calibration"]["samples"] == 24
     assert report["correction"]["kept"] in report["correction"]["losses"]
     assert report["accuracy"]["outputs"][0]["agreement"] > 0.8
+    assert report["measured_loss"]["objective"] == "kl" and report["measured_loss"]["samples"] == 8
+    assert report["speed"]["reference"]["median_ms"] > 0 and report["speed"]["rounds"] >= 5
+    bits, losses = zip(*report["frontier"])
+    assert list(bits) == sorted(bits) and list(losses) == sorted(losses, reverse=True)
+    assert report["not_measured"] == {}
     assert report["checks"] == {"loaded": True, "run_once": "on a sample"}
     assert report["environment"]["onnxruntime"]
 
@@ -80,13 +91,57 @@ def test_markdown_report_has_every_section(written: tuple[afpq.QuantizedModel, P
     text = render_markdown(model.summary())
 
     assert text.startswith(f"# {out.name}\n")
-    for title in ("Accuracy", "Packed layers", "Left float", "Calibration", "How it was made"):
+    for title in (
+        "Accuracy",
+        "Other budgets",
+        "Packed layers",
+        "Left float",
+        "Calibration",
+        "How it was made",
+    ):
         assert f"\n## {title}\n" in text
     assert f"{out.stat().st_size:,}" in text
     assert "### Correction" in text and "compensated rounding" in text
     assert "| /3/Conv | Conv | e" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert tables and all(line.endswith("|") for line in tables)
+
+
+def test_markdown_of_a_measured_model_has_speed_and_losses(
+    written: tuple[afpq.QuantizedModel, Path], tmp_path: Path
+) -> None:
+    written[0].report(tmp_path / "r.md")
+
+    text = (tmp_path / "r.md").read_text()
+
+    assert "## Speed on this machine" in text and "Time ratio" in text
+    row = next(line for line in text.splitlines() if line.startswith("| /3/Conv"))
+    assert row.count("|") == 15 and " %" in row
+
+
+def test_several_reports_share_one_file(
+    written: tuple[afpq.QuantizedModel, Path], tmp_path: Path
+) -> None:
+    report = written[0].summary()
+
+    for suffix in SUFFIXES:
+        write_report([report, report], tmp_path / f"r{suffix}")
+
+    assert len(json.loads((tmp_path / "r.json").read_text())["reports"]) == 2
+    assert (tmp_path / "r.md").read_text().count("## Packed layers") == 2
+    assert "Side by side" in (tmp_path / "r.html").read_text()
+
+
+def test_lists_of_numbers_take_one_line_in_json(
+    written: tuple[afpq.QuantizedModel, Path], tmp_path: Path
+) -> None:
+    report = {**written[0].summary(), "command": "a [\n 1 ]", "frontier": [[2.0, 0.5], [3.0, 0.25]]}
+
+    write_report(report, tmp_path / "r.json")
+
+    text = (tmp_path / "r.json").read_text()
+    assert "    [2.0, 0.5],\n    [3.0, 0.25]\n" in text
+    assert json.loads(text)["command"] == "a [\n 1 ]"
 
 
 def test_every_table_row_has_as_many_cells_as_its_head(
@@ -150,8 +205,9 @@ def test_pipes_in_names_do_not_break_tables() -> None:
     empty: dict[str, Any] = dict.fromkeys(
         ("source", "budget", "objective", "predicted_loss", "accuracy", "goal", "calibration")
     )
-    lists: dict[str, Any] = {"layers": [], "float_tensors": [], "command": None, "correction": None}
-    maps: dict[str, Any] = {"checks": {}, "seconds": {}, "environment": {}}
+    lists: dict[str, Any] = {"layers": [], "float_tensors": [], "frontier": []}
+    lists |= {"command": None, "correction": None, "speed": None}
+    maps: dict[str, Any] = {"checks": {}, "seconds": {}, "environment": {}, "not_measured": {}}
 
     assert "| a\\|b | Conv | 3 | why |" in render_markdown(empty | lists | maps | report)
 
@@ -186,7 +242,7 @@ def test_accuracy_facts_name_the_data() -> None:
     assert accuracy_facts({"num_samples": 3}, "x.npz") == {"data": "x.npz", "num_samples": 3}
 
 
-@pytest.mark.parametrize("suffix", [".html", ".txt", ""])
+@pytest.mark.parametrize("suffix", [".htm", ".txt", ""])
 def test_unknown_suffixes_are_refused(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(AfpqError, match=re.escape(", ".join(SUFFIXES))):
         write_report({}, tmp_path / f"r{suffix}")
@@ -211,6 +267,8 @@ def test_environment_names_the_instruction_set() -> None:
     found = environment()
 
     assert found["isa"] and found["numpy"] == np.__version__
+    assert found["processor"]
+    assert "created" not in found  # a journal compares it: nothing in it may depend on the time
     assert found["afpq"] == afpq.__version__
 
 

@@ -121,6 +121,19 @@ def test_search_keeps_the_budget_and_minimises_the_measured_loss(
     assert plan.predicted_loss == pytest.approx(judge.loss(chosen), rel=2)
 
 
+def test_the_frontier_falls_and_passes_through_the_plans_of_its_budgets(
+    lenet: Model, lenet_stats: Stats
+) -> None:
+    plan = search(lenet, lenet_stats, bits=5)
+
+    bits, losses = zip(*plan.frontier)
+    assert len(bits) >= 8 and list(bits) == sorted(set(bits))
+    assert list(losses) == sorted(losses, reverse=True)
+    again = search(lenet, lenet_stats, bits=bits[4] + 1e-6)
+    assert again.bits_per_weight == pytest.approx(bits[4])
+    assert again.predicted_loss == pytest.approx(losses[4])
+
+
 def test_a_larger_budget_never_predicts_a_larger_loss(
     lenet_model: Model, lenet_data: Data, lenet_stats: Stats
 ) -> None:

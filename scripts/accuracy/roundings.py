@@ -1,6 +1,7 @@
 """Published ways to round a weight [n, k]: each gives the rounded weight and the bits that it would be stored in."""
 
 import math
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -60,6 +61,19 @@ def mx_weights(weight: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
     return np.float32(cut), bits * weight.size + 8 * largest.size
 
 
+def gaussian_limit(weight: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
+    """No rounding at all: every row gets the error that Shannon's rate-distortion function leaves at `bits` a weight.
+
+    No code of Gaussian weights, however long, has less squared error (Cover and Thomas, theorem 10.3.2). A method can
+    be better only by looking at the data, or where weights are not Gaussian.
+    """
+    random = np.random.default_rng(zlib.crc32(np.ascontiguousarray(weight)))
+    distortion = 2.0 ** (-2 * bits)
+    spread = weight.std(1, keepdims=True) * math.sqrt(distortion * (1 - distortion))
+    values = (1 - distortion) * weight + spread * random.standard_normal(weight.shape)
+    return np.float32(values), bits * weight.size
+
+
 def nearest(weight: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """Nearest of a symmetric grid given by its magnitudes, ties to even, saturating."""
     size = np.abs(weight)
@@ -75,4 +89,5 @@ ROUNDINGS: dict[str, Callable[[np.ndarray, int], tuple[np.ndarray, int]]] = {
     "afp-per-layer": paper_weights_per_layer,
     "adaptivfloat": adaptivfloat_weights,
     "mx": mx_weights,
+    "gaussian-limit": gaussian_limit,
 }
