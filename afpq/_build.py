@@ -17,14 +17,13 @@ import onnxruntime as ort
 from afpq._candidates import Target, candidates, targets
 from afpq._job import Job, float_tensors
 from afpq._judge import WORST_LOSS
-from afpq._probe import Feeds, random_feeds
 from afpq._way import Way
 from afpq._ways import find_ways, gain, refitted
 from afpq.activations import choose_activations
 from afpq.calibrate import Stats
 from afpq.compensate import MAX_SAMPLES
 from afpq.correct import can_correct
-from afpq.errors import ModelError, NaNError, PlanError
+from afpq.errors import NaNError, PlanError
 from afpq.evaluate import Comparison, compare
 from afpq.formats import AfpFormat
 from afpq.graph import Model
@@ -35,7 +34,7 @@ from afpq.rewrite import EXTERNAL_DATA_BYTES, rewrite, save, serialize
 from afpq.rounding import best_scale, quantize_tensor
 from afpq.runtime import session
 
-__all__ = ["build_graph", "check_budget", "file_size", "session_of", "try_file", "with_activations"]
+__all__ = ["build_graph", "check_budget", "file_size", "session_of", "with_activations"]
 
 _SMALLEST = AfpFormat(0, 1)
 
@@ -196,23 +195,6 @@ def session_of(packed: ir.Model, threads: int) -> ort.InferenceSession:
     with tempfile.TemporaryDirectory() as folder:  # the file stays mapped after its name is gone
         save(packed, Path(folder) / "model.onnx")
         return session(Path(folder) / "model.onnx", threads=threads)
-
-
-def try_file(path: Path, probe: Feeds | None) -> dict[str, Any]:
-    """Loads a written file and runs it once; made-up inputs may not suit a model, real ones must.
-
-    Raises:
-        ModelError: onnxruntime cannot load the file, or cannot run it on `probe`.
-    """
-    loaded = session(path)
-    try:
-        loaded.run(None, random_feeds(loaded) if probe is None else probe)
-    except Exception as error:  # onnxruntime has a kind of its own for every status
-        if probe is None:
-            return {"loaded": True, "run_once": "no: made-up inputs do not suit the model"}
-        message = " ".join(str(error).split())
-        raise ModelError(f"the packed model loads but does not run: {message}") from error
-    return {"loaded": True, "run_once": "on made-up inputs" if probe is None else "on a sample"}
 
 
 @dataclass(frozen=True, eq=False)

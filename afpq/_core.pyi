@@ -33,7 +33,60 @@ def round_compensated(
     num_threads: int = 1,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float64]]: ...
 
-# drivers, for tests
+# drivers; `out` is written to in place of a new array, `sums` are those of column_sums
+def matmul(
+    isa: str,
+    threads: int,
+    lhs: npt.NDArray[np.float32],
+    data: npt.NDArray[np.uint8],
+    format: str,
+    n: int,
+    k: int,
+    scales: npt.NDArray[np.float32],
+    group_size: int,
+    bias: npt.NDArray[np.float32] | None,
+    activations: str,
+    low: float,
+    high: float,
+    activation_format: str = "",
+    activation_scale: float = 0.0,
+    sums: npt.NDArray[np.int32] | None = None,
+    out: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.float32] | None: ...
+def conv(
+    isa: str,
+    threads: int,
+    x: npt.NDArray[np.float32],
+    data: npt.NDArray[np.uint8],
+    format: str,
+    n: int,
+    k: int,
+    scales: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32] | None,
+    activations: str,
+    low: float,
+    high: float,
+    groups: int,
+    kernel: list[int],
+    strides: list[int],
+    dilations: list[int],
+    pads: list[int],
+    extent: list[int],
+    activation_format: str = "",
+    activation_scale: float = 0.0,
+    sums: npt.NDArray[np.int32] | None = None,
+    out: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.float32] | None: ...
+def gather(
+    threads: int,
+    indices: npt.NDArray[np.int64],
+    data: npt.NDArray[np.uint8],
+    format: str,
+    n: int,
+    k: int,
+    scales: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float32],
+) -> None: ...
 def unpack(
     data: npt.NDArray[np.uint8],
     format: str,
@@ -41,7 +94,17 @@ def unpack(
     k: int,
     scales: npt.NDArray[np.float32],
     group_size: int,
-) -> npt.NDArray[np.float32]: ...
+    out: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.float32] | None: ...
+def column_sums(
+    isa: str,
+    data: npt.NDArray[np.uint8],
+    format: str,
+    n: int,
+    k: int,
+    group_size: int,
+    multiple: int,
+) -> npt.NDArray[np.int32]: ...
 def conv_is_planar(channels_in: int, channels_out: int, groups: int, num_taps: int) -> bool: ...
 
 class kernels:  # a submodule: the raw kernel tables

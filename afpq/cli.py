@@ -12,6 +12,7 @@ import click
 
 from afpq import (
     _cli_diff,
+    _cli_export,
     _cli_inspect,
     _cli_look,
     _cli_measure,
@@ -63,6 +64,7 @@ for _command in (
     _cli_measure.compare,
     _cli_measure.bench,
     _cli_report.report,
+    _cli_export.export,
     _cli_sweep.sweep,
     _cli_look.formats,
     _cli_look.verify,

@@ -32,6 +32,7 @@ __all__ = [
     "read_ir",
     "read_packed",
     "scale_columns",
+    "scale_values",
     "weight_values",
 ]
 
@@ -253,13 +254,17 @@ def weight_values(layer: PackedLayer) -> npt.NDArray[np.float32]:
 
 def scale_columns(layer: PackedLayer) -> npt.NDArray[np.float32]:
     """The scale of every weight of a layer: float32 [n, k], or [n, 1] where a channel has one."""
-    if layer.kind == "integer":
-        scale = scale_of(layer.format, layer.stored_scale)
-    else:
-        scale = layer.stored_scale.astype(np.float32)
+    scale = scale_values(layer)
     if layer.group_size:
         return np.asarray(np.repeat(scale, layer.group_size, axis=0)[: layer.k].T)
     return np.broadcast_to(scale.reshape(-1, 1), (layer.n, 1))
+
+
+def scale_values(layer: PackedLayer) -> npt.NDArray[np.float32]:
+    """What one unit of I is worth: float32, in the shape of the stored scales."""
+    if layer.kind == "integer":
+        return scale_of(layer.format, layer.stored_scale)
+    return layer.stored_scale.astype(np.float32)
 
 
 def checksum(layer: PackedLayer) -> str:

@@ -5,9 +5,6 @@ checked in `prepare`, before the first heavy step. Nothing is written before `Qu
 the new file once before it takes its name.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,13 +19,13 @@ from afpq._build import (
     check_budget,
     file_size,
     session_of,
-    try_file,
     with_activations,
 )
 from afpq._examine import Reference, examine
 from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
 from afpq._smallest import smallest_model
+from afpq._written import save_checked, try_file
 from afpq.calibrate import Stats, calibrate
 from afpq.equalize import equalize as equalize_model
 from afpq.errors import ModelError, NaNError
@@ -36,7 +33,6 @@ from afpq.graph import Model
 from afpq.packed import PackedModel, describe_packed, file_bytes, is_packed, read_ir
 from afpq.plan import Plan
 from afpq.report import RunFacts, build_report, write_report
-from afpq.rewrite import save
 from afpq.runtime import session
 from afpq.search import search
 
@@ -74,20 +70,7 @@ class QuantizedModel:
             ModelError: it cannot be written, or onnxruntime cannot load or run it. Nothing is left behind then.
         """
         path = Path(path)
-        try:
-            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be written: {error.strerror}") from error
-        try:
-            size = save(self.packed, folder / path.name)
-            checks = try_file(folder / path.name, self.probe)
-            # External data first: the model's own file is what makes the result valid.
-            for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
-                os.replace(file, path.parent / file.name)
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        size, checks = save_checked(self.packed, path, lambda file: try_file(file, self.probe))
         self.path = path
         self.facts = replace(self.facts, checks={**self.facts.checks, **checks})
         return size

@@ -256,6 +256,8 @@ def test_control_c_stops_cleanly(lenet: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs, which tests may be, ignore the signal, and their children do.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 60
         while not (folder / "started").exists() and process.poll() is None:

@@ -90,6 +90,32 @@ def test_every_isa_and_thread_count_gives_the_same_bits(activations, m):
                 np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("activations", ["a8", "a16"])
+@pytest.mark.parametrize("text", ["e2m3", "e2m4", "e0m7", "e3m1", "e2m5", "e3m3"])
+def test_sums_that_do_not_fit_words_have_the_same_bits_too(text, activations):
+    # Weights of one sign add up to a little less, and to a little more, than rows of words allow.
+    fmt, n, m = AfpFormat.parse(text), 20, 7
+    rng = np.random.default_rng(13)
+    largest = min(fmt.max_integer, 127 if fmt.kernel_class == "pair" else fmt.max_integer)
+    for k in (32767 // largest, 32767 // largest + 4):
+        code = int(
+            np.flatnonzero(codebook(fmt) == codebook(fmt)[codebook(fmt) <= largest].max())[0]
+        )
+        codes = np.full((n, k), code, np.uint8)
+        codes[1] |= 1 << (fmt.bits - 1)  # the other sign
+        scale = np.ones(n, np.float32)
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        x[0], x[1], x[2, 0] = np.abs(x[0]), -np.abs(x[1]), 1e4
+        first = None
+        for isa in _core.kernels.isa_names():
+            y = run_matmul(isa, x, pack(codes, fmt.bits), fmt, n, k, scale, activations=activations)
+            first = y if first is None else first
+            np.testing.assert_array_equal(y, first)
+        rows, weight = rounded_rows(x, PLANES[activations]), codebook(fmt)[codes]
+        bound = (k + 4) * 2.0**-24 * (np.abs(rows) @ np.abs(weight).T)
+        assert (np.abs(first - rows @ weight.T) <= bound).all()
+
+
 @pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
 def test_matmul_applies_one_scale_a_group_of_k(isa, activations):
     rng = np.random.default_rng(3)
@@ -235,6 +261,15 @@ SHAPES = [
     (4, 8, 4, (1, 6, 6), (1, 2, 3), (1, 3, 2), (1, 1, 1), (0, 0, 1), (1, 2, 3)),
     (2, 32, 1, (1, 1, 40), (1, 1, 7), (1, 1, 3), (1, 1, 1), (0, 0, 3), (1, 1, 14)),
     (4, 18, 1, (5, 6, 7), (3, 3, 3), (2, 1, 2), (1, 1, 1), (1, 1, 1), (3, 6, 4)),
+    (8, 50, 1, (1, 40, 44), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 40, 44)),
+    (16, 24, 1, (1, 60, 50), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 60, 50)),
+    (4, 17, 1, (1, 14, 14), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 14, 14)),
+    (32, 18, 1, (1, 9, 30), (1, 5, 3), (1, 2, 1), (1, 1, 4), (0, 6, 5), (1, 9, 32)),
+    (8, 16, 1, (1, 1, 700), (1, 1, 5), (1, 1, 1), (1, 1, 1), (0, 0, 2), (1, 1, 700)),
+    (40, 40, 40, (1, 33, 41), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 33, 41)),
+    (24, 24, 24, (1, 20, 35), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 10, 18)),
+    (3, 38, 1, (1, 50, 70), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 25, 35)),
+    (1, 7, 1, (1, 30, 30), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 30, 30)),
     (4, 4, 4, (5, 6, 7), (3, 2, 3), (2, 1, 2), (1, 2, 1), (1, 1, 1), (3, 6, 4)),
 ]
 

@@ -1,8 +1,9 @@
 """Every function of every kernel table against its definition in NumPy: equal bits, nothing touched beyond arrays.
 
-Those that round floats to bytes have a file of their own.
+Those that round floats, and those that work on channel planes, have files of their own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -48,6 +49,20 @@ def test_expand_looks_codes_up_in_the_table(isa: str, bits: int, num_tiles: int)
 
 @pytest.mark.parametrize("num_tiles", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("bits", range(2, 9))
+def test_expand_to_words_pairs_steps(isa: str, bits: int, num_tiles: int) -> None:
+    stream = np.random.default_rng(num_tiles).integers(0, 256, num_tiles * 8 * bits, np.uint8)
+    src, codes = guarded(stream), codes_of(stream, bits).reshape(num_tiles, 16, 2, 2)
+    any_words = np.random.default_rng(bits).integers(-(2**15), 2**15, 1 << bits)
+    formats = [codebook(f) for f in all_formats() if f.bits == bits and f.max_integer < 2**15]
+    for numbers in (any_words, any_words >> 8, *formats):
+        table = np.tile(numbers, 256 >> bits).astype(np.int16)
+        with output((num_tiles, TILE), np.int16) as dst:
+            kernels.expand_s16_afp(isa, src, bits, guarded(table), dst)
+            assert_same_bits(dst, table[codes.swapaxes(1, 2)].reshape(num_tiles, TILE))
+
+
+@pytest.mark.parametrize("num_tiles", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_expand_to_floats_transposes_tiles(isa: str, bits: int, num_tiles: int) -> None:
     stream = np.random.default_rng(num_tiles).integers(0, 256, num_tiles * 8 * bits, np.uint8)
     src, codes = guarded(stream), codes_of(stream, bits).reshape(num_tiles, 16, 4)
@@ -63,32 +78,61 @@ def test_expand_to_floats_transposes_tiles(isa: str, bits: int, num_tiles: int) 
 GEMM_SHAPES = [(1, 0), (1, 1), (1, 2), (1, 7), (2, 3), (3, 1), (9, 2)]  # taps, tiles a tap
 
 
+LIMITS = [1, 16, 17, 32, 33, 64, 65, 127, 128]  # of |rhs|; around those where kernels change
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("num_blocks", range(1, 5))
 @pytest.mark.parametrize("num_rows", range(1, MR + 1))
 def test_gemm_of_bytes_is_exact(isa: str, num_rows: int, num_blocks: int, accumulate: bool) -> None:
     rng = np.random.default_rng(num_rows * 10 + num_blocks)
-    for taps, tiles in GEMM_SHAPES:
+    for (taps, tiles), limit in itertools.product(GEMM_SHAPES, LIMITS):
         lhs = rng.integers(0, 256, (taps, num_rows, 4 * tiles), np.uint8)
-        rhs = rng.integers(-128, 128, (num_blocks, taps * tiles + 2, TILE), np.int8)
+        rhs = rng.integers(
+            -limit, min(limit, 127), (num_blocks, taps * tiles + 2, TILE), endpoint=True
+        )
         before = rng.integers(-1000, 1000, (num_rows, PANEL))
-        used = rhs[:, : taps * tiles].reshape(num_blocks, taps, tiles, 16, 4).astype(np.int64)
+        used = rhs[:, : taps * tiles].reshape(num_blocks, taps, tiles, 16, 4)
         steps = lhs.reshape(taps, num_rows, tiles, 4).astype(np.int64)
         sums = np.einsum("trij,bticj->rbc", steps, used).reshape(num_rows, -1)
         expected = before.copy()
         expected[:, : 16 * num_blocks] = sums + accumulate * before[:, : 16 * num_blocks]
         with output((num_rows, PANEL), np.int32, before) as dst:
-            kernels.gemm_s32_u8_s8(isa, guarded(lhs), guarded(rhs), accumulate, dst)
-            assert_same_bits(dst, expected, (taps, tiles))
+            kernels.gemm_s32_u8_s8(isa, guarded(lhs), guarded(rhs, np.int8), limit, accumulate, dst)
+            assert_same_bits(dst, expected, (taps, tiles, limit))
 
 
-@pytest.mark.parametrize("weight", [-128, 127])
-@pytest.mark.parametrize("num_rows", [1, 2, 6])
-def test_gemm_of_bytes_does_not_saturate(isa: str, num_rows: int, weight: int) -> None:
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 6])
+def test_gemm_of_bytes_does_not_saturate(isa: str, num_rows: int, sign: int, limit: int) -> None:
     lhs = np.full((1, num_rows, 16384), 255, np.uint8)
+    weight = min(sign * limit, 127)
+    rhs = np.full((4, 4096, TILE), weight, np.int8)
     with output((num_rows, PANEL), np.int32) as dst:
-        kernels.gemm_s32_u8_s8(isa, lhs, np.full((4, 4096, TILE), weight, np.int8), False, dst)
+        kernels.gemm_s32_u8_s8(isa, lhs, rhs, limit, False, dst)
         assert (dst == 255 * weight * 16384).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("num_blocks", range(1, 5))
+@pytest.mark.parametrize("num_rows", range(1, MR + 1))
+def test_gemm_of_words_is_exact_up_to_whole_turns(
+    isa: str, num_rows: int, num_blocks: int, accumulate: bool
+) -> None:
+    rng = np.random.default_rng(num_rows * 10 + num_blocks)
+    for taps, tiles in [*GEMM_SHAPES, (1, 500)]:  # the last one goes beyond 32 bits
+        lhs = rng.integers(-(2**15), 2**15, (taps, num_rows, 4 * tiles), np.int16)
+        rhs = rng.integers(-(2**15) + 1, 2**15, (num_blocks, taps * tiles + 2, TILE), np.int16)
+        before = rng.integers(-(2**31), 2**31, (num_rows, PANEL))
+        used = rhs[:, : taps * tiles].reshape(num_blocks, taps, tiles, 2, 16, 2).astype(np.int64)
+        steps = lhs.reshape(taps, num_rows, tiles, 2, 2).astype(np.int64)
+        sums = np.einsum("trihj,btihcj->rbc", steps, used).reshape(num_rows, -1)
+        expected = before.copy()
+        expected[:, : 16 * num_blocks] = sums + accumulate * before[:, : 16 * num_blocks]
+        with output((num_rows, PANEL), np.int32, before.astype(np.int32)) as dst:
+            kernels.gemm_s32_s16_s16(isa, guarded(lhs), guarded(rhs), accumulate, dst)
+            assert_same_bits(dst, expected.astype(np.int32), (taps, tiles))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -164,21 +208,6 @@ def test_store_writes_rows_or_columns(isa: str, rows: int, low: float, high: flo
             kernels.store_f32(isa, *args, 1, rows + 3, dst.reshape(-1))
             assert_same_bits(dst[:, :rows], expected.T, channels)
             assert (dst[:, rows:] == 7).all(), channels
-
-
-@pytest.mark.parametrize(("low", "high"), [(-INF, INF), (0.0, 6.0)])
-@pytest.mark.parametrize("num_taps", range(10))
-def test_planar_is_one_chain_of_taps(isa: str, num_taps: int, low: float, high: float) -> None:
-    for count in (*range(71), 128, 150):
-        rng = np.random.default_rng(count)
-        taps, weights = floats(rng, num_taps, count), floats(rng, num_taps)
-        total = np.zeros(count, np.float32)
-        for tap, weight in zip(taps, weights, strict=True):
-            total = fma(tap, weight, total)
-        scale, bias = np.float32(0.7), np.float32(-0.3)
-        with output((count,), np.float32) as dst:
-            kernels.planar_f32(isa, guarded(taps), guarded(weights), scale, bias, low, high, dst)
-            assert_same_bits(dst, clamp(fma(total, scale, bias), low, high), count)
 
 
 # choice of a table

@@ -1,11 +1,12 @@
-"""The functions of every kernel table that round floats to bytes, against their definition in NumPy: equal bits."""
+"""The kernels that round floats to bytes or words, or turn planes into rows, against their definitions in NumPy."""
 
 import numpy as np
 import pytest
 from kernel_arrays import INF, Array, assert_same_bits, floats, guarded, output
+from kernel_rounding import SCALES, encoded, quantize, words_of
 
 from afpq import _core
-from afpq.formats import AfpFormat, all_formats, codebook, encode, magnitudes, round_scale
+from afpq.formats import AfpFormat, all_formats, magnitudes
 
 kernels = _core.kernels
 
@@ -34,13 +35,6 @@ def test_range_of_negative_zeros_is_positive_zero(isa: str) -> None:
     assert not np.signbit(low) and not np.signbit(high) and finite
 
 
-def quantize(x: Array, inverse_scale: float, zero_point: int, num_planes: int) -> Array:
-    """uint8 [num_planes, ...]"""
-    rounded = np.rint(x * np.float32(inverse_scale)).astype(np.int64) + zero_point
-    q = np.clip(rounded, 0, 255 if num_planes == 1 else 65535)
-    return np.stack([q] if num_planes == 1 else [q >> 8, q & 255]).astype(np.uint8)
-
-
 # Beyond both ends, and many ties.
 QUANTIZERS = [(1, 100.0, 131), (1, 2.0, 0), (1, 30000.0, 255), (2, 9000.0, 32768), (2, 2.0, 65535)]
 
@@ -56,6 +50,35 @@ def test_quantize_rounds_and_clamps(
         with output((planes, count), np.uint8) as dst:
             kernels.quantize_u8_f32(isa, guarded(src), inverse_scale, zero_point, dst)
             assert_same_bits(dst, quantize(src, inverse_scale, zero_point, planes), count)
+
+
+@pytest.mark.parametrize(("planes", "inverse_scale", "zero_point"), QUANTIZERS)
+def test_quantize_to_words_holds_the_same_numbers(
+    isa: str, planes: int, inverse_scale: float, zero_point: int
+) -> None:
+    for count in (*range(71), 128, 131):
+        src = floats(np.random.default_rng(count), count)
+        src[::3] = np.rint(src[::3] * 8) / 4
+        src = np.clip(src, -65536 / inverse_scale, 65536 / inverse_scale)
+        with output((count,), np.int16) as dst:
+            kernels.quantize_s16_f32(isa, guarded(src), inverse_scale, zero_point, 256**planes, dst)
+            assert_same_bits(dst, words_of(quantize(src, inverse_scale, zero_point, planes)), count)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_quantize_transpose_to_words_makes_rows_of_channels(
+    isa: str, planes: int, count: int
+) -> None:
+    inverse_scale, zero_point = (100.0, 131) if planes == 1 else (9000.0, 32768)
+    for channels in (*range(1, 42), 63, 64, 96, 144):
+        src = floats(np.random.default_rng(channels), channels, count + channels % 2 * 5)
+        q = quantize(src[:, :count], inverse_scale, zero_point, planes)
+        with output((count, channels), np.int16) as dst:
+            kernels.quantize_transpose_s16_f32(
+                isa, guarded(src), inverse_scale, zero_point, 256**planes, dst
+            )
+            assert_same_bits(dst, words_of(q).T, channels)
 
 
 @pytest.mark.parametrize("planes", [1, 2])
@@ -80,13 +103,6 @@ def test_quantize_transpose_makes_rows_of_channels(isa: str, planes: int, count:
 
 # Formats of activations: integers that fit a byte, with a mantissa.
 BYTE_FORMATS = [fmt for fmt in (*all_formats(), *all_formats(signed=False)) if fmt.fits_activations]
-SCALES = round_scale(AfpFormat(0, 1), [2.0**-126, 0.00731, 0.6667, 1.0, 3.1, 2.0**100], "real")
-
-
-def encoded(x: Array, fmt: AfpFormat, scale: np.float32) -> Array:
-    """The bytes of the integers of the definition's codes."""
-    integers = codebook(fmt)[encode(x, fmt, scale)]
-    return (integers + (128 if fmt.signed else 0)).astype(np.uint8)
 
 
 def hard_cases(fmt: AfpFormat, scale: np.float32) -> Array:
@@ -106,6 +122,9 @@ def test_quantize_to_a_format_equals_encode(isa: str, fmt: AfpFormat) -> None:
         with output((1, src.size), np.uint8) as dst:
             kernels.quantize_u8_f32(isa, guarded(src), 0.0, 0, dst, str(fmt), scale)
             assert_same_bits(dst[0], encoded(src, fmt, scale), scale)
+        with output((src.size,), np.int16) as words:
+            kernels.quantize_s16_f32(isa, guarded(src), 0.0, 0, 256, words, str(fmt), scale)
+            assert_same_bits(words, encoded(src, fmt, scale).astype(np.int16), scale)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 16, 17, 49])
@@ -117,6 +136,11 @@ def test_quantize_transpose_to_a_format_equals_encode(isa: str, text: str, count
         with output((1, count, channels), np.uint8) as dst:
             kernels.quantize_transpose_u8_f32(isa, guarded(src), 0.0, 0, dst, text, SCALES[1])
             assert_same_bits(dst[0], encoded(src[:, :count].T, fmt, SCALES[1]), channels)
+        with output((count, channels), np.int16) as words:
+            kernels.quantize_transpose_s16_f32(
+                isa, guarded(src), 0.0, 0, 256, words, text, SCALES[1]
+            )
+            assert_same_bits(words, dst[0].astype(np.int16), channels)
 
 
 def test_other_formats_are_no_formats_of_activations() -> None:

@@ -4,5 +4,6 @@
 #include <nanobind/nanobind.h>
 
 void bind_kernels(nanobind::module_& module);
+void bind_plane_kernels(nanobind::module_& kernels);  // called by bind_kernels
 void bind_rounding(nanobind::module_& module);
 void bind_drivers(nanobind::module_& module);

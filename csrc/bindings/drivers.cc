@@ -1,16 +1,17 @@
 // Drivers as functions of NumPy arrays, on any ISA and number of threads: what the tests compare
-// with NumPy.
+// with NumPy, and what `afpq.torch` calls. Nothing is copied but the scales: results go into `out`
+// if there is one, and column sums that were made once (`column_sums`) need not be made again.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <atomic>
+#include <algorithm>
 #include <stdexcept>
-#include <thread>
 
 #include "bindings/bindings.h"
+#include "bindings/threads.h"
 #include "drivers/conv.h"
 #include "drivers/gather.h"
 #include "drivers/matmul.h"
@@ -24,6 +25,9 @@ namespace {
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Result = nb::ndarray<nb::numpy, float>;
+using Sums = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 
 const AfpqKernels& table(const std::string& isa) {
   const char* error = nullptr;
@@ -32,32 +36,28 @@ const AfpqKernels& table(const std::string& isa) {
   return *kernels;
 }
 
-// Runs tasks on `count` threads made for the call: slow to start, which a test does not mind.
-struct Threads {
-  size_t count;
-  static void run(void* self, size_t total, void (*task)(void*, size_t), void* user) {
-    std::atomic<size_t> next{0};
-    const auto work = [&] {
-      for (size_t i; (i = next++) < total;) task(user, i);
-    };
-    std::vector<std::thread> threads;
-    for (size_t t = 1; t < static_cast<Threads*>(self)->count; ++t) threads.emplace_back(work);
-    work();
-    for (std::thread& thread : threads) thread.join();
-  }
+// Where a driver writes: into the caller's array, or into a new one, which is returned.
+struct Destination {
+  float* data;
+  std::optional<Result> made;
 };
 
-Result make_result(std::vector<size_t> shape) {
+Destination destination(const std::vector<size_t>& shape, const std::optional<Out>& out) {
   size_t size = 1;
   for (const size_t extent : shape) size *= extent;
+  if (out) {
+    if (out->size() != size) throw std::invalid_argument("out does not fit the result");
+    return {out->data(), std::nullopt};
+  }
   float* data = new float[size];
   nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-  return Result(data, shape.size(), shape.data(), owner);
+  return {data, Result(data, shape.size(), shape.data(), owner)};
 }
 
 afpq::PackedWeight weight_of(const AfpqKernels& kernels, const std::string& format,
                              const Bytes& data, size_t n, size_t k, const Floats& scales,
-                             size_t group_size, size_t multiple, bool sums) {
+                             size_t group_size, size_t multiple, bool needs_sums,
+                             const std::optional<Sums>& sums = {}) {
   afpq::Format parsed;
   if (!afpq::parse_format(format.c_str(), &parsed))
     throw std::invalid_argument("no such format: " + format);
@@ -71,7 +71,18 @@ afpq::PackedWeight weight_of(const AfpqKernels& kernels, const std::string& form
   if (group_size % kTileK) throw std::invalid_argument("group_size must be a multiple of 4");
   afpq::PackedWeight weight;
   load_weight(kernels, parsed, data.data(), n, k, scales.data(), scales.size(), group_size,
-              multiple, sums, &weight);
+              multiple, needs_sums && !sums, &weight);
+  if (!needs_sums || !sums) return weight;
+  const size_t width = weight.segments.size() * weight.num_blocks * kTileN;
+  const size_t planes = static_cast<size_t>(parsed.num_planes());
+  if (sums->shape(0) != planes || sums->shape(1) != width + 1)
+    throw std::invalid_argument("sums do not fit the weight");
+  for (size_t plane = 0; plane < planes; ++plane) {
+    const int32_t* row = sums->data() + plane * (width + 1);
+    weight.column_sums[plane].assign(row, row + width);
+    weight.sides[plane] = row[width];
+  }
+  use_sums(kernels, &weight);
   return weight;
 }
 
@@ -99,29 +110,38 @@ const float* bias_of(const std::optional<Floats>& bias, size_t n) {
   return bias ? bias->data() : nullptr;
 }
 
-Result run_matmul(const std::string& isa, size_t threads, Floats lhs, Bytes data,
-                  const std::string& format, size_t n, size_t k, Floats scales, size_t group_size,
-                  std::optional<Floats> bias, const std::string& activations, float low, float high,
-                  const std::string& activation_format, float activation_scale) {
+std::optional<Result> run_matmul(const std::string& isa, size_t threads, Floats lhs, Bytes data,
+                                 const std::string& format, size_t n, size_t k, Floats scales,
+                                 size_t group_size, std::optional<Floats> bias,
+                                 const std::string& activations, float low, float high,
+                                 const std::string& activation_format, float activation_scale,
+                                 std::optional<Sums> sums, std::optional<Out> out) {
   if (lhs.ndim() != 2 || lhs.shape(1) != k) throw std::invalid_argument("lhs must be [m, k]");
   const AfpqKernels& kernels = table(isa);
   const afpq::LhsRounding rounding = rounding_of(activations, activation_format, activation_scale);
   const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, group_size, 1,
-                                              rounding.mode != afpq::Activations::kF32);
-  Result result = make_result({lhs.shape(0), n});
-  Threads pool{threads};
+                                              rounding.mode != afpq::Activations::kF32, sums);
+  Destination result = destination({lhs.shape(0), n}, out);
+  afpq::Threads pool(threads);
   const afpq::Matmul op{&kernels, &weight, rounding, bias_of(bias, n), low, high};
-  matmul(op, lhs.data(), lhs.shape(0), result.data(), {Threads::run, &pool});
-  return result;
+  const float* data_in = lhs.data();
+  const size_t m = lhs.shape(0);
+  {
+    nb::gil_scoped_release release;
+    matmul(op, data_in, m, result.data, pool.parallel());
+  }
+  return std::move(result.made);
 }
 
-// Three spatial axes everywhere; `out` is the output's extent.
-Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data,
-                const std::string& format, size_t n, size_t k, Floats scales,
-                std::optional<Floats> bias, const std::string& activations, float low, float high,
-                size_t groups, std::vector<size_t> kernel, std::vector<size_t> strides,
-                std::vector<size_t> dilations, std::vector<size_t> pads, std::vector<size_t> out,
-                const std::string& activation_format, float activation_scale) {
+// Three spatial axes everywhere; `extent` is the output's.
+std::optional<Result> run_conv(const std::string& isa, size_t threads, Floats x, Bytes data,
+                               const std::string& format, size_t n, size_t k, Floats scales,
+                               std::optional<Floats> bias, const std::string& activations,
+                               float low, float high, size_t groups, std::vector<size_t> kernel,
+                               std::vector<size_t> strides, std::vector<size_t> dilations,
+                               std::vector<size_t> pads, std::vector<size_t> extent,
+                               const std::string& activation_format, float activation_scale,
+                               std::optional<Sums> sums, std::optional<Out> out) {
   if (x.ndim() != 5)
     throw std::invalid_argument("x must be [batch, channels, depth, height, width]");
   afpq::ConvShape shape;
@@ -130,7 +150,7 @@ Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data,
   shape.groups = groups;
   for (size_t axis = 0; axis < 3; ++axis) {
     shape.in[axis] = x.shape(2 + axis);
-    shape.out[axis] = out.at(axis);
+    shape.out[axis] = extent.at(axis);
     shape.kernel[axis] = kernel.at(axis);
     shape.strides[axis] = strides.at(axis);
     shape.dilations[axis] = dilations.at(axis);
@@ -141,25 +161,67 @@ Result run_conv(const std::string& isa, size_t threads, Floats x, Bytes data,
   const AfpqKernels& kernels = table(isa);
   const afpq::LhsRounding rounding = rounding_of(activations, activation_format, activation_scale);
   const size_t multiple = shape.group_in() % kTileK == 0 ? shape.group_in() / kTileK : 1;
-  const bool sums = rounding.mode != afpq::Activations::kF32 && !conv_is_planar(shape);
+  const bool needs_sums = rounding.mode != afpq::Activations::kF32 && !conv_is_planar(shape);
   const afpq::PackedWeight weight =
-      weight_of(kernels, format, data, n, k, scales, 0, multiple, sums);
-  Result result = make_result({x.shape(0), n, out[0], out[1], out[2]});
-  Threads pool{threads};
+      weight_of(kernels, format, data, n, k, scales, 0, multiple, needs_sums, sums);
+  Destination result = destination({x.shape(0), n, extent[0], extent[1], extent[2]}, out);
+  afpq::Threads pool(threads);
   const afpq::Conv op{&kernels, &weight, rounding, bias_of(bias, n), low, high};
-  conv(op, shape, x.data(), x.shape(0), result.data(), {Threads::run, &pool});
-  return result;
+  const float* data_in = x.data();
+  const size_t batch = x.shape(0);
+  {
+    nb::gil_scoped_release release;
+    conv(op, shape, data_in, batch, result.data, pool.parallel());
+  }
+  return std::move(result.made);
 }
 
-Result run_unpack(Bytes data, const std::string& format, size_t n, size_t k, Floats scales,
-                  size_t group_size) {
+void run_gather(size_t threads, Indices indices, Bytes data, const std::string& format, size_t n,
+                size_t k, Floats scales, Out out) {
+  const AfpqKernels& kernels = table("scalar");
+  const afpq::PackedWeight weight = weight_of(kernels, format, data, n, k, scales, 0, 1, false);
+  if (out.size() != indices.size() * k) throw std::invalid_argument("out does not fit the result");
+  afpq::Threads pool(threads);
+  int64_t bad = 0;
+  if (!gather(weight, indices.data(), indices.size(), out.data(), pool.parallel(), &bad)) {
+    throw std::out_of_range("index " + std::to_string(bad) + " is not in the range " +
+                            std::to_string(-static_cast<int64_t>(n)) + ".." +
+                            std::to_string(n - 1));
+  }
+}
+
+std::optional<Result> run_unpack(Bytes data, const std::string& format, size_t n, size_t k,
+                                 Floats scales, size_t group_size, std::optional<Out> out) {
   const AfpqKernels& kernels = table("scalar");
   const afpq::PackedWeight weight =
       weight_of(kernels, format, data, n, k, scales, group_size, 1, false);
-  Result result = make_result({n, k});
-  Threads pool{1};
-  unpack(weight, result.data(), {Threads::run, &pool});
-  return result;
+  Destination result = destination({n, k}, out);
+  afpq::Threads pool(1);
+  unpack(weight, result.data, pool.parallel());
+  return std::move(result.made);
+}
+
+// [planes, segments * padded n + 1]: what zero points are multiplied by, and last the largest sum
+// of weights of one sign. `multiple` is the number of tiles of a convolution's tap where those are
+// whole, else 1.
+nb::ndarray<nb::numpy, int32_t> run_column_sums(const std::string& isa, Bytes data,
+                                                const std::string& format, size_t n, size_t k,
+                                                size_t group_size, size_t multiple) {
+  const std::vector<float> ones(1, 1.0f);
+  const size_t one[] = {1};
+  const afpq::PackedWeight weight = weight_of(
+      table(isa), format, data, n, k, Floats(ones.data(), 1, one), group_size, multiple, true);
+  const size_t planes = static_cast<size_t>(weight.format.num_planes());
+  const size_t width = weight.segments.size() * weight.num_blocks * kTileN;
+  int32_t* sums = new int32_t[planes * (width + 1)];
+  nb::capsule owner(sums, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  for (size_t plane = 0; plane < planes; ++plane) {
+    int32_t* row = sums + plane * (width + 1);
+    std::copy(weight.column_sums[plane].begin(), weight.column_sums[plane].end(), row);
+    row[width] = weight.sides[plane];
+  }
+  const size_t shape[] = {planes, width + 1};
+  return {sums, 2, shape, owner};
 }
 
 bool is_planar(size_t channels_in, size_t channels_out, size_t groups, size_t num_taps) {
@@ -176,12 +238,19 @@ bool is_planar(size_t channels_in, size_t channels_out, size_t groups, size_t nu
 void bind_drivers(nb::module_& module) {
   module.def("matmul", &run_matmul, "isa"_a, "threads"_a, "lhs"_a, "data"_a, "format"_a, "n"_a,
              "k"_a, "scales"_a, "group_size"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a,
-             "activation_format"_a = "", "activation_scale"_a = 0.0f);
+             "activation_format"_a = "", "activation_scale"_a = 0.0f, "sums"_a = nb::none(),
+             "out"_a = nb::none());
   module.def("conv", &run_conv, "isa"_a, "threads"_a, "x"_a, "data"_a, "format"_a, "n"_a, "k"_a,
              "scales"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a, "groups"_a,
-             "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "out"_a, "activation_format"_a = "",
-             "activation_scale"_a = 0.0f);
+             "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "extent"_a,
+             "activation_format"_a = "", "activation_scale"_a = 0.0f, "sums"_a = nb::none(),
+             "out"_a = nb::none());
   module.def("conv_is_planar", &is_planar, "channels_in"_a, "channels_out"_a, "groups"_a,
              "num_taps"_a);
-  module.def("unpack", &run_unpack, "data"_a, "format"_a, "n"_a, "k"_a, "scales"_a, "group_size"_a);
+  module.def("gather", &run_gather, "threads"_a, "indices"_a, "data"_a, "format"_a, "n"_a, "k"_a,
+             "scales"_a, "out"_a);
+  module.def("unpack", &run_unpack, "data"_a, "format"_a, "n"_a, "k"_a, "scales"_a, "group_size"_a,
+             "out"_a = nb::none());
+  module.def("column_sums", &run_column_sums, "isa"_a, "data"_a, "format"_a, "n"_a, "k"_a,
+             "group_size"_a, "multiple"_a);
 }

@@ -9,33 +9,18 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "drivers/gemm.h"
-#include "kernels/dispatch.h"
+#include "bindings/kernel_arguments.h"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
-
-template <typename T, int kAxes>
-using Array = nb::ndarray<T, nb::ndim<kAxes>, nb::c_contig, nb::device::cpu>;
-
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-const AfpqKernels& table_of(const std::string& isa) {
-  const char* error = "";
-  const AfpqKernels* kernels = afpq::select_kernels(isa.c_str(), &error);
-  if (kernels == nullptr) throw std::invalid_argument(error);
-  return *kernels;
-}
 
 std::vector<std::string> isa_names() {
   const std::vector<const char*> names = afpq::isa_names();
@@ -48,6 +33,8 @@ std::string active_isa() {
   if (kernels == nullptr) throw std::invalid_argument(error);
   return kernels->isa;
 }
+
+int a8_byte_limit(const std::string& isa) { return table_of(isa).a8_byte_limit; }
 
 // dst: [num_tiles, 64]
 template <typename T, auto kMember>
@@ -62,9 +49,9 @@ void expand(const std::string& isa, Array<const uint8_t, 1> src, unsigned bits,
 }
 
 // lhs: [num_taps, num_rows, 4 * num_tiles], rhs: [num_blocks, rhs_tiles, 64], dst: [num_rows, 64]
-template <typename Lhs, typename Rhs, typename Dst, auto kMember>
-void gemm(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs, bool accumulate,
-          Array<Dst, 2> dst) {
+// `call` is the function of the table, without what only some functions take.
+template <typename Lhs, typename Rhs, typename Dst, typename Call>
+void run_gemm(Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs, Array<Dst, 2> dst, Call&& call) {
   const size_t taps = lhs.shape(0), rows = lhs.shape(1), k = lhs.shape(2);
   require(k % kTileK == 0, "the last axis of lhs must be a multiple of 4");
   require(rows >= 1 && rows <= kMaxRows, "lhs must have 1..6 rows");
@@ -76,8 +63,24 @@ void gemm(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> r
   for (size_t t = 0; t < taps; ++t) {
     for (size_t r = 0; r < rows; ++r) pointers[t * kMaxRows + r] = lhs.data() + (t * rows + r) * k;
   }
-  (table_of(isa).*kMember)(pointers.data(), taps, k / kTileK, rhs.data(), rhs.shape(1), rows,
-                           rhs.shape(0), accumulate, dst.data());
+  call(pointers.data(), taps, k / kTileK, rhs.data(), rhs.shape(1), rows, rhs.shape(0));
+}
+
+template <typename Lhs, typename Rhs, typename Dst, auto kMember>
+void gemm(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs, bool accumulate,
+          Array<Dst, 2> dst) {
+  run_gemm(lhs, rhs, dst,
+           [&](auto... args) { (table_of(isa).*kMember)(args..., accumulate, dst.data()); });
+}
+
+void gemm_bytes(const std::string& isa, Array<const uint8_t, 3> lhs, Array<const int8_t, 3> rhs,
+                int limit, bool accumulate, Array<int32_t, 2> dst) {
+  for (size_t i = 0; i < rhs.size(); ++i) {
+    require(std::abs(int{rhs.data()[i]}) <= limit, "rhs has a number beyond limit");
+  }
+  run_gemm(lhs, rhs, dst, [&](auto... args) {
+    table_of(isa).gemm_s32_u8_s8(args..., limit, accumulate, dst.data());
+  });
 }
 
 std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const float, 1> src) {
@@ -85,30 +88,6 @@ std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const flo
   int finite = 0;
   table_of(isa).range_f32(src.data(), src.shape(0), &low, &high, &finite);
   return {low, high, finite != 0};
-}
-
-// Fixed point, or the static format of a scale > 0.
-AfpqQuantize quantizer(float inverse_scale, int32_t zero_point, const std::string& format,
-                       float scale, uint8_t* planes, size_t num_planes, size_t size) {
-  require(num_planes == 1 || num_planes == 2, "dst must have 1 or 2 planes");
-  AfpqQuantize q = {};
-  if (scale > 0) {
-    require(num_planes == 1, "a format needs dst with 1 plane");
-    afpq::LhsRounding rounding;
-    rounding.mode = afpq::Activations::kA8;
-    rounding.scale = scale;
-    require(afpq::parse_format(format.c_str(), &rounding.format) &&
-                afpq::fits_activations(rounding.format),
-            "no such format of activations");
-    q = afpq::row_quantizer(rounding, 0, 0, true).quantize;
-  } else {
-    q.inverse_scale = inverse_scale;
-    q.zero_point = zero_point;
-    q.num_planes = static_cast<int>(num_planes);
-  }
-  q.planes[0] = planes;
-  q.planes[1] = planes + size;
-  return q;
 }
 
 // dst: [num_planes, count]
@@ -131,6 +110,28 @@ void quantize_transpose_u8_f32(const std::string& isa, Array<const float, 2> src
   const AfpqQuantize q = quantizer(inverse_scale, zero_point, format, scale, dst.data(),
                                    dst.shape(0), count * channels);
   table_of(isa).quantize_transpose_u8_f32(src.data(), src.shape(1), channels, count, &q);
+}
+
+// dst: [count]
+void quantize_s16_f32(const std::string& isa, Array<const float, 1> src, float inverse_scale,
+                      int32_t zero_point, int levels, Array<int16_t, 1> dst,
+                      const std::string& format, float scale) {
+  require(dst.shape(0) == src.shape(0), "dst must be [count]");
+  const AfpqQuantize q =
+      word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
+  table_of(isa).quantize_s16_f32(src.data(), src.shape(0), &q);
+}
+
+// src: [num_channels, src_stride], dst: [count, num_channels]
+void quantize_transpose_s16_f32(const std::string& isa, Array<const float, 2> src,
+                                float inverse_scale, int32_t zero_point, int levels,
+                                Array<int16_t, 2> dst, const std::string& format, float scale) {
+  require(src.shape(0) == dst.shape(1) && src.shape(1) >= dst.shape(0),
+          "src must be [num_channels, at least count]");
+  const AfpqQuantize q =
+      word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
+  table_of(isa).quantize_transpose_s16_f32(src.data(), src.shape(1), dst.shape(1), dst.shape(0),
+                                           &q);
 }
 
 // src: [num_channels, src_stride], dst: [count, num_channels]
@@ -187,17 +188,6 @@ void store_f32(const std::string& isa, Array<const float, 2> src, Array<const fl
   table_of(isa).store_f32(&args);
 }
 
-// taps: [num_taps, count]
-void planar_f32(const std::string& isa, Array<const float, 2> taps, Array<const float, 1> weights,
-                float scale, float bias, float low, float high, Array<float, 1> dst) {
-  require(weights.shape(0) == taps.shape(0) && dst.shape(0) == taps.shape(1),
-          "taps must be [num_taps, count], weights [num_taps] and dst [count]");
-  std::vector<const float*> pointers(taps.shape(0));
-  for (size_t t = 0; t < pointers.size(); ++t) pointers[t] = taps.data() + t * taps.shape(1);
-  table_of(isa).planar_f32(pointers.data(), weights.data(), pointers.size(), taps.shape(1), scale,
-                           bias, low, high, dst.data());
-}
-
 }  // namespace
 
 void bind_kernels(nb::module_& module) {
@@ -206,17 +196,24 @@ void bind_kernels(nb::module_& module) {
       module.def_submodule("kernels", "The raw kernel tables, for tests and benchmarks.");
   m.def("isa_names", isa_names, "Names of the supported tables, best first.");
   m.def("active_isa", active_isa, "The table this process runs, after AFPQ_ISA.");
+  m.def("a8_byte_limit", a8_byte_limit, "Of |rhs|, for gemm_pixels_f32_u8_s8.");
   m.def("expand_s8_afp", expand<int8_t, &K::expand_s8_afp>);
+  m.def("expand_s16_afp", expand<int16_t, &K::expand_s16_afp>);
   m.def("expand_f32_afp", expand<float, &K::expand_f32_afp>);
-  m.def("gemm_s32_u8_s8", gemm<uint8_t, int8_t, int32_t, &K::gemm_s32_u8_s8>);
+  m.def("gemm_s32_u8_s8", gemm_bytes);
+  m.def("gemm_s32_s16_s16", gemm<int16_t, int16_t, int32_t, &K::gemm_s32_s16_s16>);
   m.def("gemm_f32_f32_f32", gemm<float, float, float, &K::gemm_f32_f32_f32>);
   m.def("range_f32", range_f32);
   m.def("quantize_u8_f32", quantize_u8_f32, "isa"_a, "src"_a, "inverse_scale"_a, "zero_point"_a,
         "dst"_a, "format"_a = "", "scale"_a = 0.0f);
   m.def("quantize_transpose_u8_f32", quantize_transpose_u8_f32, "isa"_a, "src"_a, "inverse_scale"_a,
         "zero_point"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("quantize_s16_f32", quantize_s16_f32, "isa"_a, "src"_a, "inverse_scale"_a, "zero_point"_a,
+        "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("quantize_transpose_s16_f32", quantize_transpose_s16_f32, "isa"_a, "src"_a,
+        "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
   m.def("transpose_f32", transpose_f32);
   m.def("combine_f32_s32", combine_f32_s32);
   m.def("store_f32", store_f32);
-  m.def("planar_f32", planar_f32);
+  bind_plane_kernels(m);
 }

@@ -55,6 +55,9 @@ void fill_tables(const Format& format, FormatTables* tables) {
     tables->low[window] = planes == 0 ? 0 : static_cast<int8_t>(integer & 255);
     tables->high[window] =
         planes == 2 ? static_cast<int8_t>((integer - tables->low[window]) / 256) : 0;
+    tables->words[0][window] = tables->low[window];
+    tables->words[1][window] = tables->high[window];
+    tables->joined[window] = planes == 0 ? 0 : static_cast<int16_t>(integer);
   }
 }
 

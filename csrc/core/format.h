@@ -36,7 +36,9 @@ struct FormatTables {
   int8_t low[256];   // byte class: I; pair class: the low plane of I = 256 * high + low, low in
                      // -128..127
   int8_t high[256];  // pair class only
-  float value[256];  // I as float, exact
+  int16_t words[2][256];  // low and high as words
+  int16_t joined[256];    // I of byte and pair class
+  float value[256];       // I as float, exact
 };
 void fill_tables(const Format& format, FormatTables* tables);
 

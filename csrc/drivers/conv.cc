@@ -58,7 +58,7 @@ void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
   }
 }
 
-// Copies the taps of each output pixel into one row: rows[num_out][padded]. T is uint8_t or float.
+// Copies the taps of each output pixel into one row: rows[num_out][padded].
 template <typename T>
 void gather_patches(const ConvShape& shape, const T* pixels, const int32_t* offsets, T padding,
                     size_t padded, const Parallel& parallel, T* rows) {
@@ -80,66 +80,52 @@ void gather_patches(const ConvShape& shape, const T* pixels, const int32_t* offs
   });
 }
 
-RowQuantizer quantize_sample(const Conv& op, const ConvShape& shape, const float* src, int planes,
-                             uint8_t* const* bytes, const Parallel& parallel) {
+RowQuantizer quantize_sample(const Conv& op, const ConvShape& shape, const float* src,
+                             const Products& products, uint8_t* const* pixels,
+                             const Parallel& parallel) {
   const size_t count = shape.num_in(), channels = shape.channels_in;
-  const size_t total = count * channels, parts = ceil_div(total, kTaskElements);
-  std::vector<float> lows(parts), highs(parts);
-  std::vector<int> finite(parts);
-  parallel_for(parallel, parts, [&](size_t part) {
-    const size_t begin = part * kTaskElements;
-    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part],
-                          &highs[part], &finite[part]);
-  });
-  const RowQuantizer quantizer =
-      row_quantizer(op.rounding, *std::min_element(lows.begin(), lows.end()),
-                    *std::max_element(highs.begin(), highs.end()),
-                    *std::min_element(finite.begin(), finite.end()) == 1);
+  const RowQuantizer quantizer = sample_quantizer(op, shape, src, parallel);
+  const auto transpose = products.elements == Elements::kWords
+                             ? op.kernels->quantize_transpose_s16_f32
+                             : op.kernels->quantize_transpose_u8_f32;
   const size_t step = std::max<size_t>(16, kTaskElements / channels / 16 * 16);
   parallel_for(parallel, ceil_div(count, step), [&](size_t task) {
     AfpqQuantize quantize = quantizer.quantize;
     const size_t begin = task * step;
-    for (int p = 0; p < planes; ++p) quantize.planes[p] = bytes[p] + begin * channels;
-    op.kernels->quantize_transpose_u8_f32(src + begin, count, channels,
-                                          std::min(step, count - begin), &quantize);
+    for (int p = 0; p < products.lhs_planes; ++p) quantize.planes[p] = pixels[p] + begin * channels;
+    quantize.words = reinterpret_cast<int16_t*>(pixels[0]) + begin * channels;
+    transpose(src + begin, count, channels, std::min(step, count - begin), &quantize);
   });
   return quantizer;
 }
 
-// The buffers of one sample and the job that reads them.
+// The buffers of one sample and the job that reads them: planes of elements.
 struct Sample {
-  uint8_t* bytes[2] = {nullptr, nullptr};    // [num_in][channels]
+  uint8_t* pixels[2] = {nullptr, nullptr};   // [num_in][channels]
   uint8_t* patches[2] = {nullptr, nullptr};  // [num_out][padded]
   uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group]
-  float* floats = nullptr;
-  float* float_patches = nullptr;
-  float* float_padding = nullptr;
   int32_t* offsets = nullptr;
   float* row_scales = nullptr;  // [num_out]
   int32_t* zero_points = nullptr;
 };
 
-Sample allocate_sample(const ConvShape& shape, Taps taps, int planes, size_t padded) {
-  const size_t pixels = shape.num_in() * shape.channels_in, group_in = shape.group_in();
-  const size_t patches = taps == Taps::kPatches ? shape.num_out() * padded : 0;
+Sample allocate_sample(const ConvShape& shape, Taps taps, const Products& products, size_t padded) {
+  const size_t element = products.element_bytes();
+  const size_t pixels = shape.num_in() * shape.channels_in * element;
+  const size_t padding = shape.group_in() * element;
+  const size_t patches = taps == Taps::kPatches ? shape.num_out() * padded * element : 0;
   const size_t offsets = taps == Taps::kDirect ? 0 : shape.num_out() * shape.num_taps();
   using S = Scratch;
   Scratch& scratch = layer_scratch();
-  const size_t element = planes ? planes * sizeof(uint8_t) : sizeof(float);
-  scratch.reset(element * (pixels + patches + group_in) + 6 * S::room<uint8_t>(1) +
+  scratch.reset(products.lhs_planes * (S::room<uint8_t>(pixels) + S::room<uint8_t>(patches) +
+                                       S::room<uint8_t>(padding)) +
                 S::room<int32_t>(offsets) + S::room<float>(shape.num_out()) +
                 S::room<int32_t>(shape.num_out()));
   Sample sample;
-  for (int p = 0; p < planes; ++p) {
-    sample.bytes[p] = scratch.take<uint8_t>(pixels);
+  for (int p = 0; p < products.lhs_planes; ++p) {
+    sample.pixels[p] = scratch.take<uint8_t>(pixels);
     sample.patches[p] = scratch.take<uint8_t>(patches);
-    sample.padding[p] = scratch.take<uint8_t>(group_in);
-  }
-  if (!planes) {
-    sample.floats = scratch.take<float>(pixels);
-    sample.float_patches = scratch.take<float>(patches);
-    sample.float_padding = scratch.take<float>(group_in);
-    std::fill(sample.float_padding, sample.float_padding + group_in, 0.0f);
+    sample.padding[p] = scratch.take<uint8_t>(padding);
   }
   sample.offsets = scratch.take<int32_t>(offsets);
   sample.row_scales = scratch.take<float>(shape.num_out());
@@ -147,43 +133,52 @@ Sample allocate_sample(const ConvShape& shape, Taps taps, int planes, size_t pad
   return sample;
 }
 
-void fill_rows(const Conv& op, const ConvShape& shape, const float* src, Taps taps, int planes,
-               size_t padded, const Sample& sample, const Parallel& parallel) {
-  if (planes == 0) {
+// What taps in the padding read, and patches where there are some. T: uint8_t, int16_t or float.
+template <typename T>
+void fill_padding(const ConvShape& shape, Taps taps, int plane, T padding, size_t padded,
+                  const Sample& sample, const Parallel& parallel) {
+  T* row = reinterpret_cast<T*>(sample.padding[plane]);
+  std::fill(row, row + shape.group_in(), padding);
+  if (taps != Taps::kPatches) return;
+  gather_patches(shape, reinterpret_cast<const T*>(sample.pixels[plane]), sample.offsets, padding,
+                 padded, parallel, reinterpret_cast<T*>(sample.patches[plane]));
+}
+
+void fill_rows(const Conv& op, const ConvShape& shape, const float* src, Taps taps,
+               const Products& products, size_t padded, const Sample& sample,
+               const Parallel& parallel) {
+  if (products.elements == Elements::kFloats) {
     op.kernels->transpose_f32(src, shape.num_in(), shape.channels_in, shape.num_in(),
-                              sample.floats);
+                              reinterpret_cast<float*>(sample.pixels[0]));
     std::fill(sample.row_scales, sample.row_scales + shape.num_out(), 1.0f);
-    if (taps == Taps::kPatches) {
-      gather_patches(shape, sample.floats, sample.offsets, 0.0f, padded, parallel,
-                     sample.float_patches);
-    }
+    fill_padding(shape, taps, 0, 0.0f, padded, sample, parallel);
     return;
   }
-  const RowQuantizer quantizer = quantize_sample(op, shape, src, planes, sample.bytes, parallel);
-  const int32_t zero = quantizer.quantize.zero_point;
+  const RowQuantizer quantizer = quantize_sample(op, shape, src, products, sample.pixels, parallel);
+  const int32_t zero = quantizer.zero_element(products.elements);
   std::fill(sample.row_scales, sample.row_scales + shape.num_out(), quantizer.scale);
   std::fill(sample.zero_points, sample.zero_points + shape.num_out(), zero);
-  for (int p = 0; p < planes; ++p) {
-    const uint8_t byte = static_cast<uint8_t>(p == 0 && planes == 2 ? zero >> 8 : zero & 255);
-    std::fill(sample.padding[p], sample.padding[p] + shape.group_in(), byte);
-    if (taps == Taps::kPatches) {
-      gather_patches(shape, sample.bytes[p], sample.offsets, byte, padded, parallel,
-                     sample.patches[p]);
-    }
+  if (products.elements == Elements::kWords) {
+    fill_padding(shape, taps, 0, static_cast<int16_t>(zero), padded, sample, parallel);
+    return;
+  }
+  for (int p = 0; p < products.lhs_planes; ++p) {
+    const bool high = p == 0 && products.lhs_planes == 2;
+    fill_padding(shape, taps, p, static_cast<uint8_t>(high ? zero >> 8 : zero & 255), padded,
+                 sample, parallel);
   }
 }
 
-LhsRows rows_of_group(const ConvShape& shape, Taps taps, size_t padded, size_t group,
-                      const Sample& sample) {
+LhsRows rows_of_group(const ConvShape& shape, Taps taps, const Products& products, size_t padded,
+                      size_t group, const Sample& sample) {
   LhsRows rows;
-  const size_t channel = group * shape.group_in();
   const bool patches = taps == Taps::kPatches;
-  for (int p = 0; p < 2; ++p) {
-    if (sample.bytes[p]) rows.bytes[p] = patches ? sample.patches[p] : sample.bytes[p] + channel;
-    rows.byte_padding[p] = sample.padding[p];
+  for (int p = 0; p < products.lhs_planes; ++p) {
+    rows.planes[p] = patches
+                         ? sample.patches[p]
+                         : sample.pixels[p] + group * shape.group_in() * products.element_bytes();
+    rows.padding[p] = sample.padding[p];
   }
-  if (sample.floats) rows.floats = patches ? sample.float_patches : sample.floats + channel;
-  rows.float_padding = sample.float_padding;
   rows.stride = patches ? padded : shape.channels_in;
   if (taps == Taps::kOffsets) {
     rows.offsets = sample.offsets;
@@ -195,19 +190,21 @@ LhsRows rows_of_group(const ConvShape& shape, Taps taps, size_t padded, size_t g
 void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
                const Parallel& parallel) {
   const Taps taps = taps_of(shape);
-  const int planes = lhs_planes(op.rounding.mode, op.weight->format);
+  const Products products = products_of(*op.kernels, op.rounding.mode, *op.weight);
+  if (conv_fits_pixels(op, shape, products))
+    return conv_pixels(op, shape, products, src, batch, dst, parallel);
   const size_t padded = op.weight->num_tiles * kTileK;
-  const Sample sample = allocate_sample(shape, taps, planes, padded);
+  const Sample sample = allocate_sample(shape, taps, products, padded);
   if (taps != Taps::kDirect) tap_offsets(shape, shape.channels_in, sample.offsets);
   for (size_t i = 0; i < batch; ++i) {
-    fill_rows(op, shape, src + i * shape.channels_in * shape.num_in(), taps, planes, padded, sample,
-              parallel);
+    fill_rows(op, shape, src + i * shape.channels_in * shape.num_in(), taps, products, padded,
+              sample, parallel);
     for (size_t group = 0; group < shape.groups; ++group) {
       GemmJob job;
       job.kernels = op.kernels;
       job.weight = op.weight;
-      job.mode = op.rounding.mode;
-      job.lhs = rows_of_group(shape, taps, padded, group, sample);
+      job.products = products;
+      job.lhs = rows_of_group(shape, taps, products, padded, group, sample);
       job.row_scales = sample.row_scales;
       job.zero_points = sample.zero_points;
       job.bias = op.bias;
@@ -225,6 +222,21 @@ void conv_gemm(const Conv& op, const ConvShape& shape, const float* src, size_t 
 }
 
 }  // namespace
+
+RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
+                              const Parallel& parallel) {
+  const size_t total = shape.num_in() * shape.channels_in, parts = ceil_div(total, kTaskElements);
+  std::vector<float> lows(parts), highs(parts);
+  std::vector<int> finite(parts);
+  parallel_for(parallel, parts, [&](size_t part) {
+    const size_t begin = part * kTaskElements;
+    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part],
+                          &highs[part], &finite[part]);
+  });
+  return row_quantizer(op.rounding, *std::min_element(lows.begin(), lows.end()),
+                       *std::max_element(highs.begin(), highs.end()),
+                       *std::min_element(finite.begin(), finite.end()) == 1);
+}
 
 void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
           const Parallel& parallel) {

@@ -1,10 +1,10 @@
 // Convolution of any rank 1..3 with strides, pads, dilations and groups, on channel-first float
 // tensors.
 //
-// Two paths. `gemm`: each sample is rounded to byte planes and turned channel-last, then taps are
+// Three paths. `gemm`: each sample is rounded to byte planes and turned channel-last, then taps are
 // read in place through offsets (or patches are gathered when the channels of a tap are not a
-// multiple of 4). `planar`: depthwise and small convolutions run on the float planes themselves,
-// one output channel at a time.
+// multiple of 4). `pixels`: where the instruction set prefers it, planes stay channel-first.
+// `planar`: depthwise and small convolutions run on the float planes themselves.
 #pragma once
 
 #include "drivers/gemm.h"
@@ -51,6 +51,16 @@ struct Conv {
 // src: [batch, channels_in, in...], dst: [batch, channels_out, out...].
 void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
           const Parallel& parallel);
+
+// How a sample is rounded, by its range.
+RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
+                              const Parallel& parallel);
+
+// The path of 1-D and 2-D convolutions whose sums are single dot products with pixels in the lanes,
+// and whether it takes this one.
+bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products);
+void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
+                 size_t batch, float* dst, const Parallel& parallel);
 
 // The planar path, chosen by `conv`.
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,

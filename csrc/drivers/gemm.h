@@ -7,8 +7,9 @@
 //       for each segment of k, each plane, each tile of 6 byte rows:     gemm_s32_u8_s8
 //       combine planes and scales to float; add bias, clamp, store
 //
-// Activations are byte planes: a8 has one row of bytes per row of lhs, a16 two (high, low). The f32
-// mode and the wide formats take the same path with floats in place of bytes.
+// Activations are byte planes: a8 has one row of bytes per row of lhs, a16 two (high, low). Words
+// can take the place of bytes (kernels.h). The f32 mode and the wide formats take the same path
+// with floats in place of bytes.
 #pragma once
 
 #include <stddef.h>
@@ -30,31 +31,38 @@ struct LhsRounding {
   float scale = 0;  // see is_short_scale
 };
 
-// Planes of byte rows that run on a weight of this format; 0 means float rows.
-inline int lhs_planes(Activations mode, const Format& format) {
-  return format.num_planes() == 0 ? 0 : static_cast<int>(mode);
-}
+// In what form lhs meets a weight. Activations and weight have planes of their own; words need one
+// of lhs, and one of the weight unless a16 meets the pair class.
+enum class Elements { kFloats, kBytes, kWords };
+struct Products {
+  Elements elements = Elements::kFloats;
+  int lhs_planes = 1;
+  int rhs_planes = 1;
+
+  size_t element_bytes() const {
+    return elements == Elements::kFloats ? 4 : elements == Elements::kWords ? 2 : 1;
+  }
+};
+Products products_of(const AfpqKernels& kernels, Activations mode, const PackedWeight& weight);
 
 // Where the rows of lhs lie. Either row r starts at plane + r * stride (offsets null: one tap of
-// all k), or tap t of row r starts at plane + offsets[r * num_taps + t] (bytes or floats), or at
-// `padding` where the offset is negative.
+// all k), or tap t of row r starts at plane + offsets[r * num_taps + t], or at `padding` where the
+// offset is negative. All of it in elements, which are what the products ask for.
 struct LhsRows {
-  const uint8_t* bytes[2] = {nullptr, nullptr};  // a8: [0]; a16: high, low
-  const float* floats = nullptr;                 // f32
+  const void* planes[2] = {nullptr, nullptr};  // bytes of a16: high, low; else only [0]
   size_t stride = 0;
   const int32_t* offsets = nullptr;
   size_t num_taps = 1;
-  const uint8_t* byte_padding[2] = {nullptr, nullptr};
-  const float* float_padding = nullptr;
+  const void* padding[2] = {nullptr, nullptr};
 };
 
 struct GemmJob {
   const AfpqKernels* kernels = nullptr;
   const PackedWeight* weight = nullptr;
-  Activations mode = Activations::kF32;
+  Products products;
   LhsRows lhs;
   const float* row_scales = nullptr;     // [m]; ones for float rows
-  const int32_t* zero_points = nullptr;  // [m]; unused for float rows
+  const int32_t* zero_points = nullptr;  // [m], in terms of the elements; unused for float rows
   const float* bias = nullptr;           // [all channels of the weight] or null
   float low, high;                       // clamp
   float* dst = nullptr;                  // of the first channel of this job
@@ -73,6 +81,12 @@ void gemm(const GemmJob& job, const Parallel& parallel);
 struct RowQuantizer {
   float scale;
   AfpqQuantize quantize;
+
+  // What zero becomes: of words, the number that they hold.
+  int32_t zero_element(Elements elements) const {
+    const bool centred = elements == Elements::kWords && quantize.num_planes == 2;
+    return quantize.zero_point - (centred ? 32768 : 0);
+  }
 };
 RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, bool finite);
 

@@ -1,6 +1,7 @@
 #include "drivers/matmul.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "core/scratch.h"
 
@@ -15,25 +16,31 @@ constexpr size_t kTaskElements = size_t{1}
 void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Parallel& parallel) {
   const PackedWeight& weight = *op.weight;
   const size_t k = weight.k, padded = weight.num_tiles * kTileK;
-  const int planes = lhs_planes(op.rounding.mode, weight.format);
+  const Products products = products_of(*op.kernels, op.rounding.mode, weight);
+  const bool floats = products.elements == Elements::kFloats;
+  const bool words = products.elements == Elements::kWords;
+  const size_t plane_bytes = floats && padded == k ? 0 : m * padded * products.element_bytes();
   Scratch& scratch = layer_scratch();
-  const bool copy_floats = planes == 0 && padded != k;
   scratch.reset(Scratch::room<float>(m) + Scratch::room<int32_t>(m) +
-                2 * Scratch::room<uint8_t>(m * padded) +
-                (copy_floats ? Scratch::room<float>(m * padded) : 0));
+                2 * Scratch::room<uint8_t>(plane_bytes));
   float* row_scales = scratch.take<float>(m);
   int32_t* zero_points = scratch.take<int32_t>(m);
-  uint8_t* bytes[2] = {scratch.take<uint8_t>(m * padded), scratch.take<uint8_t>(m * padded)};
-  float* floats = copy_floats ? scratch.take<float>(m * padded) : nullptr;
+  uint8_t* planes[2];
+  for (int p = 0; p < products.lhs_planes; ++p) planes[p] = scratch.take<uint8_t>(plane_bytes);
 
   const size_t rows_a_task = std::max<size_t>(1, kTaskElements / k);
   parallel_for(parallel, ceil_div(m, rows_a_task), [&](size_t task) {
     for (size_t r = task * rows_a_task; r < std::min(m, (task + 1) * rows_a_task); ++r) {
       const float* row = lhs + r * k;
-      if (planes == 0) {
+      const size_t begin = r * padded * products.element_bytes();
+      const size_t used = k * products.element_bytes(), bytes = padded * products.element_bytes();
+      if (plane_bytes) {
+        for (int p = 0; p < products.lhs_planes; ++p)
+          std::fill(planes[p] + begin + used, planes[p] + begin + bytes, uint8_t{0});
+      }
+      if (floats) {
         row_scales[r] = 1.0f;
-        if (copy_floats)
-          std::fill(std::copy(row, row + k, floats + r * padded), floats + (r + 1) * padded, 0.0f);
+        if (plane_bytes) std::memcpy(planes[0] + begin, row, used);
         continue;
       }
       float low, high;
@@ -41,23 +48,22 @@ void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Para
       op.kernels->range_f32(row, k, &low, &high, &finite);
       RowQuantizer quantizer = row_quantizer(op.rounding, low, high, finite);
       row_scales[r] = quantizer.scale;
-      zero_points[r] = quantizer.quantize.zero_point;
-      for (int p = 0; p < planes; ++p) {
-        quantizer.quantize.planes[p] = bytes[p] + r * padded;
-        std::fill(bytes[p] + r * padded + k, bytes[p] + (r + 1) * padded, uint8_t{0});
-      }
-      op.kernels->quantize_u8_f32(row, k, &quantizer.quantize);
+      zero_points[r] = quantizer.zero_element(products.elements);
+      for (int p = 0; p < products.lhs_planes; ++p)
+        quantizer.quantize.planes[p] = planes[p] + begin;
+      quantizer.quantize.words = reinterpret_cast<int16_t*>(planes[0] + begin);
+      const auto quantize = words ? op.kernels->quantize_s16_f32 : op.kernels->quantize_u8_f32;
+      quantize(row, k, &quantizer.quantize);
     }
   });
 
   GemmJob job;
   job.kernels = op.kernels;
   job.weight = op.weight;
-  job.mode = op.rounding.mode;
-  job.lhs.bytes[0] = bytes[0];
-  job.lhs.bytes[1] = bytes[1];
-  job.lhs.floats = copy_floats ? floats : lhs;
-  job.lhs.stride = planes == 0 && !copy_floats ? k : padded;
+  job.products = products;
+  for (int p = 0; p < products.lhs_planes; ++p) job.lhs.planes[p] = planes[p];
+  if (!plane_bytes) job.lhs.planes[0] = lhs;
+  job.lhs.stride = padded;
   job.row_scales = row_scales;
   job.zero_points = zero_points;
   job.bias = op.bias;

@@ -1,15 +1,14 @@
 // Depthwise and small grouped convolutions on float planes: one output channel at a time, fma over
 // its taps.
 //
-// A plane is copied once into padded scratch, cut into phases so that any stride reads contiguous
-// floats. For one axis with stride 2 and kernel 3 (dilation 1), padded input x0 x1 x2 ...:
+// The kernel reads taps where they lie in the input, and knows where the plane ends. When several
+// output channels read the same planes, outputs are made in strips of rows whose input stays in L1;
+// and if the stride is not 1 besides, the rows of a strip are cut into phases, once for all
+// channels, so that they read contiguous floats. For stride 2 and kernel 3 (dilation 1), padded row
+// x0 x1 x2 ...:
 //
 //   phase 0: x0 x2 x4 ...   tap 0 reads phase 0 from 0, tap 2 reads phase 0 from 1
 //   phase 1: x1 x3 x5 ...   tap 1 reads phase 1 from 0
-//
-// All three axes are cut so; then output (z, y, x) of every tap lies at one common offset, and a
-// whole plane of outputs (with some columns to drop at the end of each row) is one call of the
-// kernel.
 #include <algorithm>
 
 #include "core/scratch.h"
@@ -18,185 +17,235 @@
 namespace afpq {
 namespace {
 
-struct Phases {
-  size_t count[3];   // strides
-  size_t extent[3];  // of one phase, per axis
-  size_t plane;      // elements of one phase
-  size_t num_phases;
+constexpr size_t kStripElements = 7168;        // of input rows: 28 KB
+constexpr size_t kStripRows = 4;               // kernels like multiples of it
+constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
+
+// A strip is `height` output rows (less at the end) at one depth.
+struct Strips {
+  bool cut;       // into phases
+  size_t extent;  // elements of a phase of a row
+  size_t row;     // of all phases
+  size_t planes;  // input rows come from so many (channel, tap in depth)
+  size_t height;
+  size_t rows;  // input rows of a strip in one plane
+  size_t per_depth;
+  size_t count;  // of an output plane
 };
 
-Phases phases_of(const ConvShape& shape) {
-  Phases phases;
-  for (int axis = 0; axis < 3; ++axis) {
-    phases.count[axis] = shape.strides[axis];
-    const size_t reach = (shape.kernel[axis] - 1) * shape.dilations[axis] / shape.strides[axis];
-    phases.extent[axis] = shape.out[axis] + reach + 1;
-  }
-  phases.plane = phases.extent[0] * phases.extent[1] * phases.extent[2];
-  phases.num_phases = phases.count[0] * phases.count[1] * phases.count[2];
-  return phases;
+size_t reach(const ConvShape& shape, int axis) {
+  return (shape.kernel[axis] - 1) * shape.dilations[axis];
 }
 
-// Where tap (kz, ky, kx) starts in the phases of a plane.
-size_t tap_start(const ConvShape& shape, const Phases& phases, const size_t* tap) {
-  size_t phase = 0, place = 0;
-  for (int axis = 0; axis < 3; ++axis) {
-    const size_t at = tap[axis] * shape.dilations[axis];
-    phase = phase * phases.count[axis] + at % phases.count[axis];
-    place = place * phases.extent[axis] + at / phases.count[axis];
-  }
-  return phase * phases.plane + place;
+Strips strips_of(const ConvShape& shape) {
+  Strips strips;
+  strips.cut = shape.strides[2] > 1 && shape.group_out() > 1;
+  strips.extent = shape.out[2] + reach(shape, 2) / shape.strides[2] + 1;
+  strips.row = strips.extent * shape.strides[2];
+  strips.planes = shape.group_in() * shape.kernel[0];
+  const size_t rows = kStripElements / (strips.row * strips.planes);
+  const size_t fitting =
+      rows > reach(shape, 1) ? (rows - reach(shape, 1) - 1) / shape.strides[1] + 1 : 1;
+  strips.height = shape.group_out() == 1 ? shape.out[1]
+                  : fitting < kStripRows ? fitting
+                                         : fitting / kStripRows * kStripRows;
+  strips.height = std::min(strips.height, shape.out[1]);
+  strips.per_depth = ceil_div(shape.out[1], strips.height);
+  strips.rows = (strips.height - 1) * shape.strides[1] + reach(shape, 1) + 1;
+  strips.count = shape.out[0] * strips.per_depth;
+  return strips;
 }
 
-// One row of input, at padded position (z, y), into its phases.
-void cut_row(const ConvShape& shape, const Phases& phases, const float* row, size_t z, size_t y,
-             float* dst) {
-  const size_t sz = phases.count[0], sy = phases.count[1], sx = phases.count[2];
-  if (z / sz >= phases.extent[0] || y / sy >= phases.extent[1]) return;
-  float* base = dst + ((z % sz * sy + y % sy) * sx) * phases.plane +
-                (z / sz * phases.extent[1] + y / sy) * phases.extent[2];
-  const size_t pad = shape.pads[2], limit = std::min(shape.in[2] + pad, phases.extent[2] * sx);
-  if (sx == 1) {
-    if (limit > pad) std::copy(row, row + (limit - pad), base + pad);
-    return;
-  }
-  for (size_t phase = 0; phase < sx; ++phase) {
-    const size_t first = pad <= phase ? phase : phase + ceil_div(pad - phase, sx) * sx;
+// Depth of the input under (output depth, tap), or -1 in the padding.
+ptrdiff_t depth_of(const ConvShape& shape, size_t z, size_t kz) {
+  const size_t at = z * shape.strides[0] + kz * shape.dilations[0];
+  return at < shape.pads[0] || at - shape.pads[0] >= shape.in[0]
+             ? -1
+             : static_cast<ptrdiff_t>(at - shape.pads[0]);
+}
+
+// Where a strip lies: output rows from y at depth z, whose taps are within input rows [begin, end).
+struct Place {
+  size_t z, y, num_rows;
+  size_t begin, end;
+};
+
+Place place_of(const ConvShape& shape, const Strips& strips, size_t strip) {
+  Place place;
+  place.z = strip / strips.per_depth;
+  place.y = strip % strips.per_depth * strips.height;
+  place.num_rows = std::min(strips.height, shape.out[1] - place.y);
+  const size_t first = place.y * shape.strides[1], pad = shape.pads[1];
+  place.begin = first > pad ? std::min(first - pad, shape.in[1]) : 0;
+  place.end = std::min(first + strips.rows > pad ? first + strips.rows - pad : 0, shape.in[1]);
+  place.end = std::max(place.end, place.begin);
+  return place;
+}
+
+// Rows of input into their phases; what lies in the padding of rows is left as it is.
+void cut_rows(const AfpqKernels& kernels, const ConvShape& shape, const Strips& strips,
+              const float* src, size_t num_rows, float* dst) {
+  const size_t step = shape.strides[2], pad = shape.pads[2];
+  const size_t limit = std::min(shape.in[2] + pad, strips.row);
+  for (size_t phase = 0; phase < step; ++phase) {
+    const size_t first = pad <= phase ? phase : phase + ceil_div(pad - phase, step) * step;
     if (first >= limit) continue;
-    float* line = base + phase * phases.plane + first / sx;
-    const float* from = row + (first - pad);
-    const size_t count = ceil_div(limit - first, sx);
-    if (sx == 2) {  // a constant step, so that the compiler makes shuffles of it
-      for (size_t i = 0; i < count; ++i) line[i] = from[2 * i];
-    } else {
-      for (size_t i = 0; i < count; ++i) line[i] = from[sx * i];
-    }
+    kernels.pick_f32(src + (first - pad), shape.in[2], step, num_rows,
+                     ceil_div(limit - first, step), strips.row,
+                     dst + phase * strips.extent + first / step);
   }
 }
 
-void cut_plane(const ConvShape& shape, const Phases& phases, const float* src, float* dst) {
-  for (size_t z = 0; z < shape.in[0]; ++z) {
-    for (size_t y = 0; y < shape.in[1]; ++y) {
-      cut_row(shape, phases, src, z + shape.pads[0], y + shape.pads[1], dst);
-      src += shape.in[2];
-    }
+// The input rows of a strip: dst[planes][rows][row]. src: the planes of a group.
+void cut_strip(const AfpqKernels& kernels, const ConvShape& shape, const Strips& strips,
+               const Place& place, const float* src, float* dst) {
+  for (size_t plane = 0; plane < strips.planes; ++plane, dst += strips.rows * strips.row) {
+    const size_t c = plane / shape.kernel[0];
+    const ptrdiff_t depth = depth_of(shape, place.z, plane % shape.kernel[0]);
+    if (depth < 0) continue;
+    const size_t row = (c * shape.in[0] + static_cast<size_t>(depth)) * shape.in[1] + place.begin;
+    cut_rows(kernels, shape, strips, src + row * shape.in[2], place.end - place.begin, dst);
   }
 }
 
-size_t phases_size(const ConvShape& shape, const Phases& phases) {
-  return shape.group_in() * phases.num_phases * phases.plane;
-}
-
+// Working memory of one task, and what it holds.
 struct Workspace {
-  float* phases;       // [group_in][num_phases][plane], zero wherever no input lands
-  float* line;         // outputs of a plane with the columns to drop
-  const float** taps;  // [k]
-  float* weights;      // [k]
+  float* rows;    // [planes][rows][row] if rows are cut, zero in the padding at the ends of rows
+  AfpqTap* taps;  // [k] of `strip`, without those in the padding of depth
+  size_t* order;  // [k] which step of k a tap is
+  size_t num_taps = 0;
+  float* weights;  // [4 * num_tiles][16] of `block`
+  float* used;     // the steps of `order` in them
+  size_t strip = ~size_t{0}, block = ~size_t{0};
+
+  Workspace(const Strips& strips, const PackedWeight& weight) {
+    using S = Scratch;
+    const size_t size = strips.cut ? strips.planes * strips.rows * strips.row : 0;
+    const size_t weights_size = weight.num_tiles * kTileCodes;
+    Scratch& scratch = task_scratch();
+    scratch.reset(S::room<float>(size) + S::room<AfpqTap>(weight.k) + S::room<size_t>(weight.k) +
+                  2 * S::room<float>(weights_size));
+    rows = scratch.take<float>(size);
+    taps = scratch.take<AfpqTap>(weight.k);
+    order = scratch.take<size_t>(weight.k);
+    weights = scratch.take<float>(weights_size);
+    used = scratch.take<float>(weights_size);
+    std::fill(rows, rows + size, 0.0f);
+  }
 };
 
-// `phases_in` holds the phases of the only group, or is null: then room for the phases of one group
-// is taken.
-Workspace make_workspace(const ConvShape& shape, const Phases& phases, size_t k, float* phases_in) {
-  const size_t size = phases_in ? 0 : phases_size(shape, phases);
-  Scratch& scratch = task_scratch();
-  using S = Scratch;
-  scratch.reset(S::room<float>(size) + S::room<float>(phases.plane) + S::room<float*>(k) +
-                S::room<float>(k));
-  Workspace work;
-  float* own = scratch.take<float>(size);
-  work.phases = phases_in ? phases_in : own;
-  work.line = scratch.take<float>(phases.plane);
-  work.taps = scratch.take<const float*>(k);
-  work.weights = scratch.take<float>(k);
-  std::fill(own, own + size, 0.0f);
-  // Stored order: k = tap * channels_per_group + channel.
-  const float** tap = work.taps;
-  for (size_t z = 0; z < shape.kernel[0]; ++z) {
-    for (size_t y = 0; y < shape.kernel[1]; ++y) {
-      for (size_t x = 0; x < shape.kernel[2]; ++x) {
-        const size_t at[3] = {z, y, x};
-        for (size_t c = 0; c < shape.group_in(); ++c) {
-          *tap++ =
-              work.phases + c * phases.num_phases * phases.plane + tap_start(shape, phases, at);
+// Stored order: k = tap * channels_per_group + channel.
+void list_taps(const ConvShape& shape, const Strips& strips, const Place& place, Workspace* work) {
+  work->num_taps = 0;
+  size_t step = 0;
+  for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+    const ptrdiff_t depth = depth_of(shape, place.z, kz);
+    for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
+      for (size_t kx = 0; kx < shape.kernel[2]; ++kx) {
+        for (size_t c = 0; c < shape.group_in(); ++c, ++step) {
+          if (depth < 0) continue;
+          AfpqTap& tap = work->taps[work->num_taps];
+          work->order[work->num_taps++] = step;
+          const size_t at = kx * shape.dilations[2];
+          tap.row = static_cast<ptrdiff_t>(place.y * shape.strides[1] + ky * shape.dilations[1]) -
+                    static_cast<ptrdiff_t>(shape.pads[1]);
+          if (strips.cut) {
+            tap.plane = (c * shape.kernel[0] + kz) * strips.rows * strips.row +
+                        at % shape.strides[2] * strips.extent;
+            tap.row -= static_cast<ptrdiff_t>(place.begin);
+            tap.column = static_cast<ptrdiff_t>(at / shape.strides[2]);
+          } else {
+            tap.plane = (c * shape.in[0] + static_cast<size_t>(depth)) * shape.in[1] * shape.in[2];
+            tap.column = static_cast<ptrdiff_t>(at) - static_cast<ptrdiff_t>(shape.pads[2]);
+          }
         }
       }
     }
   }
-  return work;
 }
 
-void run_channel(const Conv& op, const ConvShape& shape, const Phases& phases, size_t channel,
-                 const Workspace& work, float* dst) {
+// Steps of `order` of a block of weights, where these are not all.
+const float* used_weights(const PackedWeight& weight, const Workspace& work) {
+  if (work.num_taps == weight.k) return work.weights;
+  for (size_t t = 0; t < work.num_taps; ++t) {
+    const float* from = work.weights + work.order[t] * kTileN;
+    std::copy(from, from + kTileN, work.used + t * kTileN);
+  }
+  return work.used;
+}
+
+// Output channels [first, first + count), all in one block of 16, rows of one strip. src, dst: the
+// planes that the first of them reads and writes.
+void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, const Place& place,
+               size_t first, size_t count, const float* src, float* dst, Workspace* work) {
+  static constexpr float kNoBias[kTileN] = {};
   const PackedWeight& weight = *op.weight;
-  for (size_t i = 0; i < weight.k; ++i)
-    work.weights[i] = weight.tables.value[weight.code(channel, i)];
-  const float scale = weight.scales[channel], bias = op.bias ? op.bias[channel] : 0.0f;
-  const size_t row = phases.extent[2], rows = phases.extent[1];
-  for (size_t z = 0; z < shape.out[0]; ++z) {
-    // The last row ends with its last output, so no read goes past the last phase.
-    const size_t count = (shape.out[1] - 1) * row + shape.out[2];
-    op.kernels->planar_f32(work.taps, work.weights, weight.k, count, scale, bias, op.low, op.high,
-                           work.line);
-    for (size_t y = 0; y < shape.out[1]; ++y, dst += shape.out[2]) {
-      std::copy(work.line + y * row, work.line + y * row + shape.out[2], dst);
-    }
-    for (size_t i = 0; i < weight.k; ++i) work.taps[i] += rows * row;
+  if (work->block != first / kTileN) {
+    work->block = first / kTileN;
+    op.kernels->expand_f32_afp(weight.block(work->block), weight.num_tiles, weight.format.bits(),
+                               weight.tables.value, work->weights);
   }
-  for (size_t i = 0; i < weight.k; ++i) work.taps[i] -= shape.out[0] * rows * row;
+  AfpqPlanar planar = {};
+  planar.src = strips.cut ? work->rows : src;
+  planar.taps = work->taps;
+  planar.weights = used_weights(weight, *work) + first % kTileN;
+  planar.scales = weight.scales.data() + first;
+  planar.bias = op.bias ? op.bias + first : kNoBias;
+  planar.dst = dst + (place.z * shape.out[1] + place.y) * shape.out[2];
+  planar.num_taps = work->num_taps;
+  planar.num_channels = count;
+  planar.src_channel_stride = shape.group_out() == 1 ? shape.group_in() * shape.num_in() : 0;
+  planar.dst_channel_stride = shape.num_out();
+  planar.src_rows = strips.cut ? place.end - place.begin : shape.in[1];
+  planar.src_columns = strips.cut ? strips.extent : shape.in[2];
+  planar.src_stride = strips.cut ? strips.row : shape.in[2];
+  planar.row_step = shape.strides[1];
+  planar.column_step = strips.cut ? 1 : shape.strides[2];
+  planar.num_rows = place.num_rows;
+  planar.row_size = planar.dst_stride = shape.out[2];
+  planar.low = op.low;
+  planar.high = op.high;
+  op.kernels->planar_f32(&planar);
 }
 
-void cut_group(const ConvShape& shape, const Phases& phases, const float* src, float* dst) {
-  for (size_t c = 0; c < shape.group_in(); ++c) {
-    cut_plane(shape, phases, src + c * shape.num_in(), dst + c * phases.num_phases * phases.plane);
+// Output channels [first, last) of one sample: a whole group or more groups of one channel.
+void run_channels(const Conv& op, const ConvShape& shape, const Strips& strips, size_t strip,
+                  size_t first, size_t last, const float* src, float* dst, Workspace* work) {
+  const Place place = place_of(shape, strips, strip);
+  if (strip != work->strip) list_taps(shape, strips, place, work);
+  work->strip = strip;
+  const auto planes = [&](size_t channel) {
+    return src + channel / shape.group_out() * shape.group_in() * shape.num_in();
+  };
+  if (strips.cut) cut_strip(*op.kernels, shape, strips, place, planes(first), work->rows);
+  for (size_t c = first; c < last;) {
+    const size_t count = std::min(last, (c / kTileN + 1) * kTileN) - c;
+    run_strip(op, shape, strips, place, c, count, planes(c), dst + c * shape.num_out(), work);
+    c += count;
   }
-}
-
-// One group: its planes are cut once, its output channels are shared out.
-void run_one_group(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src,
-                   size_t batch, float* dst, const Parallel& parallel) {
-  const size_t size = phases_size(shape, phases);
-  layer_scratch().reset(Scratch::room<float>(size));
-  float* cut = layer_scratch().take<float>(size);
-  std::fill(cut, cut + size, 0.0f);
-  const size_t step = std::max<size_t>(1, ceil_div(shape.channels_out, 8));
-  for (size_t sample = 0; sample < batch; ++sample) {
-    cut_group(shape, phases, src + sample * shape.channels_in * shape.num_in(), cut);
-    parallel_for(parallel, ceil_div(shape.channels_out, step), [&](size_t task) {
-      const Workspace work = make_workspace(shape, phases, op.weight->k, cut);
-      for (size_t c = task * step; c < std::min(shape.channels_out, (task + 1) * step); ++c) {
-        run_channel(op, shape, phases, c, work,
-                    dst + (sample * shape.channels_out + c) * shape.num_out());
-      }
-    });
-  }
-}
-
-// Many groups: each task cuts and uses one group after another, so the planes stay in its cache.
-void run_groups(const Conv& op, const ConvShape& shape, const Phases& phases, const float* src,
-                size_t batch, float* dst, const Parallel& parallel) {
-  const size_t total = batch * shape.groups,
-               work_of_one = phases.plane * op.weight->k * shape.group_out();
-  const size_t step =
-      std::max<size_t>(1, std::min(ceil_div(total, 8), (size_t{1} << 18) / work_of_one));
-  parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
-    const Workspace work = make_workspace(shape, phases, op.weight->k, nullptr);
-    for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {
-      cut_group(shape, phases, src + i * shape.group_in() * shape.num_in(), work.phases);
-      for (size_t c = 0; c < shape.group_out(); ++c) {
-        run_channel(op, shape, phases, i % shape.groups * shape.group_out() + c, work,
-                    dst + (i * shape.group_out() + c) * shape.num_out());
-      }
-    }
-  });
 }
 
 }  // namespace
 
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
                  const Parallel& parallel) {
-  const Phases phases = phases_of(shape);
-  const auto run = shape.groups == 1 ? run_one_group : run_groups;
-  run(op, shape, phases, src, batch, dst, parallel);
+  const Strips strips = strips_of(shape);
+  // An item is a strip of a group, or of a block of groups of one channel.
+  const size_t channels = shape.group_out() == 1 ? size_t{kTileN} : shape.group_out();
+  const size_t items = ceil_div(shape.channels_out, channels) * strips.count;
+  const size_t total = batch * items;
+  const size_t work_of_one = strips.height * shape.out[2] * op.weight->k * channels;
+  const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), kTaskWork / work_of_one));
+  parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
+    Workspace work(strips, *op.weight);
+    for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {
+      const size_t sample = i / items, first = i % items / strips.count * channels;
+      run_channels(op, shape, strips, i % strips.count, first,
+                   std::min(first + channels, shape.channels_out),
+                   src + sample * shape.channels_in * shape.num_in(),
+                   dst + sample * shape.channels_out * shape.num_out(), &work);
+    }
+  });
 }
 
 }  // namespace afpq

@@ -1,12 +1,15 @@
 #include "drivers/weight.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace afpq {
 namespace {
 
 // 65536 steps of 255 * 128 stay below 2^31.
 constexpr size_t kMaxSegmentTiles = 65536 / kTileK;
+// See PackedWeight::fits_words.
+constexpr int32_t kMaxSide = 32767;
 
 std::vector<Segment> make_segments(size_t num_tiles, size_t group_tiles, size_t multiple) {
   const size_t stretch = group_tiles ? group_tiles : num_tiles;
@@ -21,32 +24,74 @@ std::vector<Segment> make_segments(size_t num_tiles, size_t group_tiles, size_t 
   return segments;
 }
 
-void sum_columns(const AfpqKernels& kernels, PackedWeight* weight) {
-  const int planes = weight->format.num_planes();
-  const size_t width = weight->num_blocks * kTileN;
-  std::vector<uint8_t> ones(weight->num_tiles * kTileK, 1);
-  std::vector<int8_t> expanded(weight->num_tiles * kTileCodes);
+// Sums of table[code] of every channel over every segment: [segment][16 * num_blocks].
+std::vector<int32_t> sum_table(const AfpqKernels& kernels, const PackedWeight& weight,
+                               const int8_t* table) {
+  const size_t width = weight.num_blocks * kTileN;
+  std::vector<uint8_t> ones(weight.num_tiles * kTileK, 1);
+  std::vector<int8_t> expanded(weight.num_tiles * kTileCodes);
+  std::vector<int32_t> result(weight.segments.size() * width, 0);
   int32_t sums[kPanelN];
-  for (int plane = 0; plane < planes; ++plane) {
-    const int8_t* table = plane == 0 ? weight->tables.low : weight->tables.high;
-    weight->column_sums[plane].assign(weight->segments.size() * width, 0);
-    for (size_t block = 0; block < weight->num_blocks; ++block) {
-      kernels.expand_s8_afp(weight->block(block), weight->num_tiles, weight->format.bits(), table,
-                            expanded.data());
-      for (size_t s = 0; s < weight->segments.size(); ++s) {
-        const Segment& segment = weight->segments[s];
-        const uint8_t* lhs[kMaxRows] = {ones.data()};
-        kernels.gemm_s32_u8_s8(lhs, 1, segment.end - segment.begin,
-                               expanded.data() + segment.begin * kTileCodes, weight->num_tiles, 1,
-                               1, 0, sums);
-        std::copy(sums, sums + kTileN,
-                  weight->column_sums[plane].begin() + s * width + block * kTileN);
-      }
+  for (size_t block = 0; block < weight.num_blocks; ++block) {
+    kernels.expand_s8_afp(weight.block(block), weight.num_tiles, weight.format.bits(), table,
+                          expanded.data());
+    for (size_t s = 0; s < weight.segments.size(); ++s) {
+      const Segment& segment = weight.segments[s];
+      const uint8_t* lhs[kMaxRows] = {ones.data()};
+      kernels.gemm_s32_u8_s8(lhs, 1, segment.end - segment.begin,
+                             expanded.data() + segment.begin * kTileCodes, weight.num_tiles, 1, 1,
+                             128, 0, sums);
+      std::copy(sums, sums + kTileN, result.begin() + s * width + block * kTileN);
     }
   }
+  return result;
+}
+
+// The largest sum of numbers of one sign over a channel and segment of a plane; at most 32767 if
+// that is clear without adding up.
+int32_t largest_side(const AfpqKernels& kernels, const PackedWeight& weight, int plane,
+                     const int8_t* table) {
+  size_t longest = 0;
+  for (const Segment& segment : weight.segments)
+    longest = std::max(longest, segment.end - segment.begin);
+  const size_t bound = longest * kTileK * weight.limits[plane];
+  if (bound <= size_t{kMaxSide}) return static_cast<int32_t>(bound);
+  int8_t above[256];
+  for (size_t i = 0; i < 256; ++i) above[i] = std::max<int8_t>(table[i], 0);
+  const std::vector<int32_t> sides = sum_table(kernels, weight, above);
+  const std::vector<int32_t>& sums = weight.column_sums[plane];
+  int32_t largest = 0;
+  for (size_t i = 0; i < sides.size(); ++i)
+    largest = std::max({largest, sides[i], sides[i] - sums[i]});
+  return largest;
+}
+
+const int8_t* table_of(const PackedWeight& weight, int plane) {
+  return plane == 0 ? weight.tables.low : weight.tables.high;
 }
 
 }  // namespace
+
+void sum_columns(const AfpqKernels& kernels, PackedWeight* weight) {
+  for (int plane = 0; plane < weight->format.num_planes(); ++plane) {
+    const int8_t* table = table_of(*weight, plane);
+    weight->column_sums[plane] = sum_table(kernels, *weight, table);
+    weight->sides[plane] = largest_side(kernels, *weight, plane, table);
+  }
+  use_sums(kernels, weight);
+}
+
+void use_sums(const AfpqKernels& kernels, PackedWeight* weight) {
+  const int planes = weight->format.num_planes();
+  weight->fits_words = (kernels.a16_as_words || kernels.a8_byte_limit < 128) && planes > 0;
+  for (int plane = 0; plane < planes; ++plane) {
+    weight->fits_words = weight->fits_words && weight->sides[plane] <= kMaxSide;
+  }
+  if (!weight->fits_words || planes < 2) return;
+  weight->joined_sums = weight->column_sums[0];
+  for (size_t i = 0; i < weight->joined_sums.size(); ++i)
+    weight->joined_sums[i] += 256 * weight->column_sums[1][i];
+}
 
 unsigned PackedWeight::code(size_t channel, size_t step) const {
   const unsigned bits = format.bits();
@@ -79,6 +124,11 @@ void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t
     }
   }
   weight->segments = make_segments(weight->num_tiles, group_size / kTileK, segment_multiple);
+  for (int plane = 0; plane < format.num_planes(); ++plane) {
+    const int8_t* table = table_of(*weight, plane);
+    for (size_t i = 0; i < 256; ++i)
+      weight->limits[plane] = std::max(weight->limits[plane], std::abs(int{table[i]}));
+  }
   if (integer_sums) sum_columns(kernels, weight);
 }
 

@@ -36,6 +36,16 @@ struct PackedWeight {
   std::vector<Segment> segments;  // cover [0, num_tiles)
   std::vector<int32_t>
       column_sums[2];  // [segment][16 * num_blocks] of I (byte) or of each plane (pair)
+  std::vector<int32_t> joined_sums;  // the same of I itself, if fits_words and a pair
+  int limits[2] = {0, 0};            // the largest magnitude in each plane
+  int32_t sides[2] = {0, 0};  // the largest sum of one sign, see fits_words, or a bound of it
+  // Whether rows of words may take the place of byte planes: in no channel, segment and plane do
+  // the numbers of one sign add up to more than 32767. For then, whatever the zero point,
+  //   a16    |sum (q - zero) * plane| <= 65535 * 32767 < 2^31, and the sums that byte planes have
+  //          before they become float are below 2^24, so that all floats on the way are exact but
+  //          the last one: it is the same sum, rounded once
+  //   a8     the same holds of |sum (q - zero) * I| <= 255 * (256 * 32767 + 32767) < 2^31
+  bool fits_words = false;
 
   const uint8_t* block(size_t index) const { return data + index * num_tiles * tile_bytes; }
   // Code of (channel, step k), for the paths that need single weights.
@@ -44,10 +54,17 @@ struct PackedWeight {
 
 // `scales` is [num_groups][n] (num_groups > 1 with group_size, a multiple of 4), [n] or [1].
 // Segments end at multiples of `segment_multiple` tiles (the tiles of a convolution's tap). Column
-// sums are only made for integer execution.
+// sums are only made for integer execution, and fits_words is only true where `kernels` prefers
+// words.
 void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t* data, size_t n,
                  size_t k, const float* scales, size_t num_scales, size_t group_size,
                  size_t segment_multiple, bool integer_sums, PackedWeight* weight);
+
+// Makes column_sums and sides, and what follows from them, of a weight that was loaded without.
+void sum_columns(const AfpqKernels& kernels, PackedWeight* weight);
+
+// What follows from column_sums and sides that were made before.
+void use_sums(const AfpqKernels& kernels, PackedWeight* weight);
 
 // One row of the matrix as floats I * scale: dst[k].
 void decode_row(const PackedWeight& weight, size_t row, float* dst);

@@ -25,12 +25,21 @@ constexpr size_t kLanes = 8;
   return count >= kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))
                          : _mm256_maskload_epi32(src, first_lanes(count));
 }
+// In pieces at the end: masked stores are slow on some processors.
 [[gnu::always_inline]] inline void store(float* dst, size_t count, __m256 value) {
-  if (count >= kLanes) {
-    _mm256_storeu_ps(dst, value);
-  } else {
-    _mm256_maskstore_ps(dst, first_lanes(count), value);
+  if (count >= kLanes) return _mm256_storeu_ps(dst, value);
+  __m128 part = _mm256_castps256_ps128(value);
+  if (count & 4) {
+    _mm_storeu_ps(dst, part);
+    part = _mm256_extractf128_ps(value, 1);
+    dst += 4;
   }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(dst), part);
+    part = _mm_movehl_ps(part, part);
+    dst += 2;
+  }
+  if (count & 1) _mm_store_ss(dst, part);
 }
 
 // The second operand stays when it is NaN or when both are zeros, as in the reference.
@@ -38,23 +47,84 @@ constexpr size_t kLanes = 8;
   return _mm256_min_ps(high, _mm256_max_ps(low, value));
 }
 
-// Codes 8 * group .. 8 * group + 7 of a tile, one a byte. They take kBits bytes; the 8 bytes read
-// end with the tile at the latest.
-template <unsigned kBits, unsigned kGroup>
-[[gnu::always_inline]] inline long long cut_group(const uint8_t* tile) {
-  constexpr unsigned kFirst = kGroup * kBits, kLast = 8 * kBits - 8,
-                     kAt = kFirst < kLast ? kFirst : kLast;
-  unsigned long long word;
-  __builtin_memcpy(&word, tile + kAt, sizeof(word));
-  return static_cast<long long>(
-      _pdep_u64(word >> (8 * (kFirst - kAt)), 0x0101010101010101ull * ((1u << kBits) - 1)));
+// Cuts 32 codes, those of 8 channels, into bytes. In each 128-bit lane are 16 codes, 2 * kBits
+// bytes:
+//   load       from where 16 bytes end with the tile at the latest
+//   vpshufb    dword c <- the bytes that hold the 4 codes of channel c
+//   vpsrlvd    its first code to bit 0
+// Then shifts and blends bring each code to a byte of its dword (cut_half). Bits above a code are
+// those of its neighbour; every lookup ignores them.
+template <unsigned kBits, unsigned kHalf>
+struct Cutter {
+  static constexpr unsigned kLane = 2 * kBits;
+
+  // Where lane `lane` is loaded from, and how far its codes are from there.
+  static constexpr unsigned begin(unsigned lane) { return (2 * kHalf + lane) * kLane; }
+  static constexpr unsigned at(unsigned lane) {
+    return begin(lane) < 4 * kLane - 16 ? begin(lane) : 4 * kLane - 16;
+  }
+
+  struct Indices {
+    alignas(32) uint8_t bytes[32];
+    alignas(32) uint32_t shifts[8];
+  };
+  static constexpr Indices make_indices() {
+    Indices result = {};
+    for (unsigned i = 0; i < 8; ++i) {
+      const unsigned lane = i / 4, bit = i % 4 * 4 * kBits, from = begin(lane) - at(lane) + bit / 8;
+      result.shifts[i] = bit % 8;
+      for (unsigned b = 0; b < 4; ++b) {
+        const bool used = 8 * b < bit % 8 + 4 * kBits;
+        result.bytes[4 * i + b] = static_cast<uint8_t>(used ? from + b : 128);
+      }
+    }
+    return result;
+  }
+  static constexpr Indices kIndices = make_indices();
+
+  [[gnu::always_inline]] static __m256i dwords(const uint8_t* tile) {
+    const auto load_lane = [&](unsigned lane) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + at(lane)));
+    };
+    const __m256i lanes =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(load_lane(0)), load_lane(1), 1);
+    const auto constant = [](const void* src) {
+      return _mm256_load_si256(static_cast<const __m256i*>(src));
+    };
+    const __m256i codes = _mm256_shuffle_epi8(lanes, constant(kIndices.bytes));
+    if constexpr (kBits % 2 == 0) return codes;
+    return _mm256_srlv_epi32(codes, constant(kIndices.shifts));
+  }
+};
+
+// Upper bytes of words from `upper`, and upper words of dwords.
+[[gnu::always_inline]] inline __m256i join_bytes(__m256i lower, __m256i upper) {
+  return _mm256_blendv_epi8(lower, upper, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
+}
+[[gnu::always_inline]] inline __m256i join_words(__m256i lower, __m256i upper) {
+  return _mm256_blend_epi16(lower, upper, 0xaa);
 }
 
 template <unsigned kBits, unsigned kHalf>
 [[gnu::always_inline]] inline __m256i cut_half(const uint8_t* tile) {
-  return _mm256_set_epi64x(
-      cut_group<kBits, 4 * kHalf + 3>(tile), cut_group<kBits, 4 * kHalf + 2>(tile),
-      cut_group<kBits, 4 * kHalf + 1>(tile), cut_group<kBits, 4 * kHalf>(tile));
+  const __m256i codes = Cutter<kBits, kHalf>::dwords(tile);
+  const __m256i words = join_words(codes, _mm256_slli_epi32(codes, 16 - 2 * kBits));
+  return join_bytes(words, _mm256_slli_epi16(words, 8 - kBits));
+}
+
+// The same in the order of steps 0 2 1 3, so that even bytes are steps 0 and 1.
+template <unsigned kBits, unsigned kHalf>
+[[gnu::always_inline]] inline __m256i cut_half_pairs(const uint8_t* tile) {
+  const __m256i codes = Cutter<kBits, kHalf>::dwords(tile);
+  const __m256i from_1 = _mm256_slli_epi32(codes, 16 - kBits);
+  if constexpr (kBits <= 5) {  // three codes fit a word
+    const __m256i words = join_words(codes, from_1);
+    return join_bytes(words, kBits <= 4 ? _mm256_slli_epi16(words, 8 - 2 * kBits)
+                                        : _mm256_srli_epi16(words, 2 * kBits - 8));
+  } else {
+    return join_words(join_bytes(codes, _mm256_srli_epi32(codes, 2 * kBits - 8)),
+                      join_bytes(from_1, _mm256_slli_epi32(codes, 24 - 3 * kBits)));
+  }
 }
 
 // Entries of a table of 16 << kLevel bytes: vpshufb reads 4 bits of an index, blends by the sign
@@ -72,12 +142,20 @@ template <int kLevel>
   }
 }
 
+// What lies as far behind the tiles as these are long is most likely the next to be expanded, after
+// other blocks: one prefetch a tile.
+[[gnu::always_inline]] inline void prefetch(const uint8_t* src) {
+  _mm_prefetch(reinterpret_cast<const char*>(src), _MM_HINT_T0);
+}
+
 template <unsigned kBits>
 void expand_s8(const uint8_t* __restrict src, size_t num_tiles, const int8_t* __restrict table,
                int8_t* __restrict dst) {
   constexpr int kLevel = kBits <= 4 ? 0 : static_cast<int>(kBits) - 4;
   const __m256i low_bits = _mm256_set1_epi8(15);
+  const size_t ahead = num_tiles * 8 * kBits;
   for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * kBits, dst += kTileCodes) {
+    prefetch(src + ahead);
     const __m256i a = cut_half<kBits, 0>(src), b = cut_half<kBits, 1>(src);
     __m256i* to = reinterpret_cast<__m256i*>(dst);
     _mm256_storeu_si256(to, lookup<kLevel>(table, a, _mm256_and_si256(a, low_bits)));
@@ -93,7 +171,67 @@ void expand_s8_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, con
   kExpand[bits - 2](src, num_tiles, table, dst);
 }
 
-// Byte j of dword c is the code of (channel c, step j).
+// Words of tables that fit bytes: even bytes and odd bytes, with their signs.
+template <unsigned kBits>
+void expand_s16_bytes(const uint8_t* __restrict src, size_t num_tiles,
+                      const int8_t* __restrict table, int16_t* __restrict dst) {
+  constexpr int kLevel = kBits <= 4 ? 0 : static_cast<int>(kBits) - 4;
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  const auto expand_half = [&](__m256i code, int16_t* to) {
+    const __m256i bytes = lookup<kLevel>(table, code, _mm256_and_si256(code, low_bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * kTileN), _mm256_srai_epi16(bytes, 8));
+  };
+  const size_t ahead = num_tiles * 8 * kBits;
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * kBits, dst += kTileCodes) {
+    prefetch(src + ahead);
+    expand_half(cut_half_pairs<kBits, 0>(src), dst);
+    expand_half(cut_half_pairs<kBits, 1>(src), dst + kTileN);
+  }
+}
+
+// Others are looked up byte by byte. Unpacking low and high bytes joins them, once each 128-bit
+// lane has the bytes of its 4 channels' steps 0 and 1 before those of steps 2 and 3.
+template <unsigned kBits>
+void expand_s16(const uint8_t* __restrict src, size_t num_tiles, const int16_t* __restrict table,
+                int16_t* __restrict dst) {
+  constexpr int kLevel = kBits <= 4 ? 0 : static_cast<int>(kBits) - 4;
+  int8_t low[16 << kLevel], high[16 << kLevel];
+  bool fits_bytes = true;
+  for (size_t i = 0; i < sizeof(low); ++i) {
+    low[i] = static_cast<int8_t>(table[i] & 255);
+    high[i] = static_cast<int8_t>(table[i] >> 8);
+    fits_bytes &= table[i] == low[i];
+  }
+  if (fits_bytes) return expand_s16_bytes<kBits>(src, num_tiles, low, dst);
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  const __m256i by_pairs = _mm256_broadcastsi128_si256(
+      _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0));
+  const auto expand_half = [&](__m256i codes, int16_t* to) {
+    const __m256i code = _mm256_shuffle_epi8(codes, by_pairs);
+    const __m256i bits = _mm256_and_si256(code, low_bits);
+    const __m256i l = lookup<kLevel>(low, code, bits), h = lookup<kLevel>(high, code, bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi8(l, h));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * kTileN), _mm256_unpackhi_epi8(l, h));
+  };
+  const size_t ahead = num_tiles * 8 * kBits;
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * kBits, dst += kTileCodes) {
+    prefetch(src + ahead);
+    expand_half(cut_half<kBits, 0>(src), dst);
+    expand_half(cut_half<kBits, 1>(src), dst + kTileN);
+  }
+}
+
+void expand_s16_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, const int16_t* table,
+                         int16_t* dst) {
+  static constexpr decltype(&expand_s16<2>) kExpand[] = {
+      expand_s16<2>, expand_s16<3>, expand_s16<4>, expand_s16<5>,
+      expand_s16<6>, expand_s16<7>, expand_s16<8>};
+  kExpand[bits - 2](src, num_tiles, table, dst);
+}
+
+// Byte j of dword c has the code of (channel c, step j).
 template <unsigned kBits>
 void expand_f32(const uint8_t* __restrict src, size_t num_tiles, const float* __restrict table,
                 float* __restrict dst) {
@@ -119,30 +257,51 @@ void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, co
 }
 
 #include "avx2_gemm.inc"
-#include "avx2_layout.inc"
+#include "avx2_pixels.inc"
+#include "avx2_planar.inc"
+#include "avx2_quantize.inc"
+#include "avx2_transpose.inc"
 
-void range_f32_avx2(const float* src, size_t count, float* low, float* high, int* finite) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  const __m256 infinity = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
-  __m256 lows = _mm256_setzero_ps(), highs = lows, special = lows;
-  for (size_t i = 0; i < count; i += kLanes) {
-    // minps and maxps return the second operand for NaN and for two zeros: both bounds stay numbers
-    // and never -0.
-    const __m256 value = load(src + i, count - i);
-    lows = _mm256_min_ps(value, lows);
-    highs = _mm256_max_ps(value, highs);
+struct Range {
+  __m256 low = _mm256_setzero_ps();
+  __m256 high = _mm256_setzero_ps();
+  __m256 special = _mm256_setzero_ps();
+
+  // minps and maxps return the second operand for NaN and for two zeros: both bounds stay numbers
+  // and never -0.
+  [[gnu::always_inline]] void add(__m256 value) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const __m256 infinity = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+    low = _mm256_min_ps(value, low);
+    high = _mm256_max_ps(value, high);
     special = _mm256_or_ps(special,
                            _mm256_cmp_ps(_mm256_and_ps(value, magnitude), infinity, _CMP_NLT_UQ));
   }
+  [[gnu::always_inline]] void add(const Range& other) {
+    low = _mm256_min_ps(other.low, low);
+    high = _mm256_max_ps(other.high, high);
+    special = _mm256_or_ps(special, other.special);
+  }
+};
+
+void range_f32_avx2(const float* src, size_t count, float* low, float* high, int* finite) {
+  Range a, b;
+  size_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    a.add(_mm256_loadu_ps(src + i));
+    b.add(_mm256_loadu_ps(src + i + kLanes));
+  }
+  for (; i < count; i += kLanes) a.add(load(src + i, count - i));
+  a.add(b);
   float all_lows[kLanes], all_highs[kLanes];
-  _mm256_storeu_ps(all_lows, lows);
-  _mm256_storeu_ps(all_highs, highs);
+  _mm256_storeu_ps(all_lows, a.low);
+  _mm256_storeu_ps(all_highs, a.high);
   *low = *high = 0.0f;
-  for (size_t i = 0; i < kLanes; ++i) {
+  for (i = 0; i < kLanes; ++i) {
     if (all_lows[i] < *low) *low = all_lows[i];
     if (all_highs[i] > *high) *high = all_highs[i];
   }
-  *finite = _mm256_movemask_ps(special) == 0;
+  *finite = _mm256_movemask_ps(a.special) == 0;
 }
 
 // P[q] of kernels.h for up to 8 channels from c.
@@ -188,56 +347,31 @@ void combine_f32_s32_avx2(const AfpqCombine* args) {
   }
 }
 
-struct Finish {
-  __m256 scale, bias, low, high;
-  __m256 operator()(__m256 sum) const {
-    return clamp(_mm256_fmadd_ps(sum, scale, bias), low, high);
-  }
-};
-
-// Four vectors at a time hide the latency of the chains.
-void planar_f32_avx2(const float* const* taps, const float* weights, size_t num_taps, size_t count,
-                     float scale, float bias, float low, float high, float* dst) {
-  const Finish finish = {_mm256_set1_ps(scale), _mm256_set1_ps(bias), _mm256_set1_ps(low),
-                         _mm256_set1_ps(high)};
-  size_t x = 0;
-  for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
-    __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
-    for (size_t t = 0; t < num_taps; ++t) {
-      const float* src = taps[t] + x;
-      const __m256 weight = _mm256_set1_ps(weights[t]);
-      a = _mm256_fmadd_ps(_mm256_loadu_ps(src), weight, a);
-      b = _mm256_fmadd_ps(_mm256_loadu_ps(src + 8), weight, b);
-      c = _mm256_fmadd_ps(_mm256_loadu_ps(src + 16), weight, c);
-      d = _mm256_fmadd_ps(_mm256_loadu_ps(src + 24), weight, d);
-    }
-    _mm256_storeu_ps(dst + x, finish(a));
-    _mm256_storeu_ps(dst + x + 8, finish(b));
-    _mm256_storeu_ps(dst + x + 16, finish(c));
-    _mm256_storeu_ps(dst + x + 24, finish(d));
-  }
-  for (; x < count; x += kLanes) {
-    __m256 sum = _mm256_setzero_ps();
-    for (size_t t = 0; t < num_taps; ++t) {
-      sum = _mm256_fmadd_ps(load(taps[t] + x, count - x), _mm256_set1_ps(weights[t]), sum);
-    }
-    store(dst + x, count - x, finish(sum));
-  }
-}
-
 }  // namespace
 
 const AfpqKernels kAfpqKernelsAvx2 = {
     "avx2",
+    1,
+    64,
+    1,
     expand_s8_afp_avx2,
+    expand_s16_afp_avx2,
     expand_f32_afp_avx2,
     gemm_s32_u8_s8_avx2,
+    gemm_s32_s16_s16_avx2,
     gemm_f32_f32_f32_avx2,
+    gemm_pixels_f32_u8_s8_avx2,
+    gemm_pixels_f32_s16_s16_avx2,
     range_f32_avx2,
     quantize_u8_f32_avx2,
+    quantize_s16_f32_avx2,
     quantize_transpose_u8_f32_avx2,
+    quantize_transpose_s16_f32_avx2,
+    quantize_pixels_u8_f32_avx2,
+    quantize_pixels_s16_f32_avx2,
     transpose_f32_avx2,
     combine_f32_s32_avx2,
     store_f32_avx2,
+    pick_f32_avx2,
     planar_f32_avx2,
 };

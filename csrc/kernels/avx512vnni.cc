@@ -84,6 +84,40 @@ void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bit
   }
 }
 
+// The bytes of steps 0 and 1 of all channels, then those of steps 2 and 3.
+__m512i by_pairs() {
+  alignas(64) uint8_t order[kTileCodes];
+  for (size_t i = 0; i < kTileCodes; ++i)
+    order[i] = static_cast<uint8_t>(i % 32 / 2 * kTileK + i / 32 * 2 + i % 2);
+  return _mm512_load_si512(order);
+}
+
+// Entry `code` of 256 words: vpermi2w reads 6 bits of an index, blends do the rest.
+__m512i lookup_words(const int16_t* table, __m512i code) {
+  const auto quarter = [&](int at) {
+    return _mm512_permutex2var_epi16(_mm512_loadu_si512(table + at), code,
+                                     _mm512_loadu_si512(table + at + 32));
+  };
+  const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+  const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+  const __m512i below = _mm512_mask_blend_epi16(bit6, quarter(0), quarter(64));
+  const __m512i above = _mm512_mask_blend_epi16(bit6, quarter(128), quarter(192));
+  return _mm512_mask_blend_epi16(bit7, below, above);
+}
+
+void expand_s16_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
+                               const int16_t* table, int16_t* dst) {
+  const Cutter cut(bits);
+  const __m512i order = by_pairs();
+  for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * bits, dst += kTileCodes) {
+    const __m512i codes = _mm512_permutexvar_epi8(order, cut(src));
+    const __m512i first = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(codes));
+    const __m512i second = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(codes, 1));
+    _mm512_storeu_si512(dst, lookup_words(table, first));
+    _mm512_storeu_si512(dst + 2 * kTileN, lookup_words(table, second));
+  }
+}
+
 // Entry `code` of a table of 32 << kLevel floats: vpermi2ps reads 5 bits of an index, blends do the
 // rest.
 template <int kLevel>
@@ -122,7 +156,10 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 }
 
 #include "avx512vnni_gemm.inc"
-#include "avx512vnni_layout.inc"
+#include "avx512vnni_pixels.inc"
+#include "avx512vnni_planar.inc"
+#include "avx512vnni_quantize.inc"
+#include "avx512vnni_transpose.inc"
 
 struct Range {
   __m512 low = _mm512_setzero_ps();
@@ -204,59 +241,31 @@ void combine_f32_s32_avx512vnni(const AfpqCombine* args) {
   }
 }
 
-struct Finish {
-  __m512 scale, bias, low, high;
-  __m512 operator()(__m512 sum) const {
-    return clamp(_mm512_fmadd_ps(sum, scale, bias), low, high);
-  }
-};
-
-// Four vectors at a time hide the latency of the chains.
-void planar_f32_avx512vnni(const float* const* taps, const float* weights, size_t num_taps,
-                           size_t count, float scale, float bias, float low, float high,
-                           float* dst) {
-  const Finish finish = {_mm512_set1_ps(scale), _mm512_set1_ps(bias), _mm512_set1_ps(low),
-                         _mm512_set1_ps(high)};
-  size_t x = 0;
-  for (; x + 4 * kLanes <= count; x += 4 * kLanes) {
-    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
-    for (size_t t = 0; t < num_taps; ++t) {
-      const float* src = taps[t] + x;
-      const __m512 weight = _mm512_set1_ps(weights[t]);
-      a = _mm512_fmadd_ps(_mm512_loadu_ps(src), weight, a);
-      b = _mm512_fmadd_ps(_mm512_loadu_ps(src + 16), weight, b);
-      c = _mm512_fmadd_ps(_mm512_loadu_ps(src + 32), weight, c);
-      d = _mm512_fmadd_ps(_mm512_loadu_ps(src + 48), weight, d);
-    }
-    _mm512_storeu_ps(dst + x, finish(a));
-    _mm512_storeu_ps(dst + x + 16, finish(b));
-    _mm512_storeu_ps(dst + x + 32, finish(c));
-    _mm512_storeu_ps(dst + x + 48, finish(d));
-  }
-  for (; x < count; x += kLanes) {
-    const __mmask16 mask = lanes_at(x, count);
-    __m512 sum = _mm512_setzero_ps();
-    for (size_t t = 0; t < num_taps; ++t) {
-      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, taps[t] + x), _mm512_set1_ps(weights[t]),
-                            sum);
-    }
-    _mm512_mask_storeu_ps(dst + x, mask, finish(sum));
-  }
-}
-
 }  // namespace
 
 const AfpqKernels kAfpqKernelsAvx512Vnni = {
     "avx512vnni",
+    0,
+    128,
+    0,
     expand_s8_afp_avx512vnni,
+    expand_s16_afp_avx512vnni,
     expand_f32_afp_avx512vnni,
     gemm_s32_u8_s8_avx512vnni,
+    gemm_s32_s16_s16_avx512vnni,
     gemm_f32_f32_f32_avx512vnni,
+    gemm_pixels_f32_u8_s8_avx512vnni,
+    gemm_pixels_f32_s16_s16_avx512vnni,
     range_f32_avx512vnni,
     quantize_u8_f32_avx512vnni,
+    quantize_s16_f32_avx512vnni,
     quantize_transpose_u8_f32_avx512vnni,
+    quantize_transpose_s16_f32_avx512vnni,
+    quantize_pixels_u8_f32_avx512vnni,
+    quantize_pixels_s16_f32_avx512vnni,
     transpose_f32_avx512vnni,
     combine_f32_s32_avx512vnni,
     store_f32_avx512vnni,
+    pick_f32_avx512vnni,
     planar_f32_avx512vnni,
 };

@@ -28,9 +28,9 @@ enum {
 // How sums of one row block become float: dst[r][c] = (accumulate ? dst[r][c] : 0) + scale[c] *
 // F[r][c].
 //
-// Rows of sums are lhs planes: with lhs_planes == 2 (a16), row 2r holds the high bytes of row r and
-// row 2r + 1 the low ones. With rhs_planes == 2 the integers are 256 * high + low, sums[0] belongs
-// to the low plane, sums[1] to the high.
+// Rows of sums are lhs planes: with lhs_planes == 2 (a16 as bytes), row 2r holds the high bytes of
+// row r and row 2r + 1 the low ones. With rhs_planes == 2 the integers are 256 * high + low,
+// sums[0] belongs to the low plane, sums[1] to the high.
 //   S[q][p]  = sums[q][r * lhs_planes + p][c] - zp_p * column_sums[q][c]                exact int32
 //              (zp_0 = zero_point >> 8, zp_1 = zero_point & 255 with two lhs planes, zp_0 =
 //              zero_point with one)
@@ -40,7 +40,7 @@ enum {
 typedef struct AfpqCombine {
   const int32_t* sums[2];         // [num_rows * lhs_planes][kPanelN]
   const int32_t* column_sums[2];  // [num_channels]
-  const int32_t* zero_points;     // [num_rows], 0..255 or 0..65535
+  const int32_t* zero_points;     // [num_rows], 0..255 or 0..65535; of words: of what they hold
   const float* scales;            // [num_channels]
   float* dst;                     // [num_rows][kPanelN]
   size_t num_rows;
@@ -69,6 +69,8 @@ typedef struct AfpqStore {
 // inverse_scale) + zero_point, 0), num_planes == 1 ? 255 : 65535), rint to nearest even; q = 0
 // where x * inverse_scale is NaN or beyond +-65536 (rows with such elements have a NaN scale).
 // Plane 0 takes q (one plane) or q >> 8, plane 1 takes q & 255. zero_point is in the range of q.
+// Functions that make words write q (one plane) or q - 32768 (two) to `words` instead, and anything
+// where q would be 0 for want of a number.
 //
 // With scale > 0, one plane takes the codes' integers of a float format (afpq/formats.py):
 //   r = min(max(x / scale, low), high)                                   NaN becomes low
@@ -81,20 +83,93 @@ typedef struct AfpqQuantize {
   int32_t zero_point;  // 0..255 or 0..65535; low + zero_point and high + zero_point are bytes
   int num_planes;      // 1 or 2
   uint8_t* planes[2];
+  int16_t* words;
   float scale;
   float low, high;    // the least and the largest integer of the format
   int mantissa_bits;  // 1..7: from 1 on, the even one of two codes is the one with the even
                       // mantissa
 } AfpqQuantize;
 
+// A product with pixels in the lanes, which makes planes of floats without transposing anything:
+//   S[c][x] = sum over groups g of (steps of group g of pixel x) * (those of channel c)     modulo
+//   2^32 dst[c * channel_stride + x] = clamp(fma((float)(S[c][x] - zero_point * column_sums[c]) *
+//                                            scales[c], row_scale, bias[c]))
+// A group is the 4 bytes of 4 steps or of 2 words. The sums fit int32 once the zero point is out.
+// Words with a second plane of weights have S, and a float F, of each, and fma(F_high, 256, F_low)
+// is scaled.
+typedef struct AfpqPixels {
+  const void* lhs;  // [groups][pixel_stride][4 bytes], as quantize_pixels writes it
+  const void* rhs;  // [num_tiles] of one block of 16 channels, as expand_s8_afp or expand_s16_afp
+  const void* rhs_high;  // the same of the high plane, or null
+  size_t num_tiles;
+  size_t pixel_stride;  // pixels that can be read in each group: a multiple of 16
+  size_t num_pixels;    // 1..pixel_stride
+  size_t num_channels;  // 1..16
+  int limit;            // of |rhs| if bytes, at most a8_byte_limit
+  int32_t zero_point;
+  const int32_t* column_sums;       // [num_channels]
+  const int32_t* column_sums_high;  // [num_channels] with rhs_high
+  const float* scales;              // [num_channels]
+  const float* bias;                // [num_channels]
+  float row_scale;
+  float low, high;  // -inf, +inf: no clamp
+  float* dst;
+  size_t channel_stride;  // elements
+} AfpqPixels;
+
+// Rows of some channels of a depthwise (or small grouped) convolution, straight from float planes.
+// Tap t of output (y, x) of channel c is row y * row_step + taps[t].row, column x * column_step +
+// taps[t].column of the plane that begins at src + c * src_channel_stride + taps[t].plane; it is 0
+// outside the plane.
+//   dst[c * dst_channel_stride + y * dst_stride + x] = clamp(fma(a, scales[c], bias[c])), a = chain
+//   of fma(tap t, weights[t * kTileN + c]) over t, from 0
+// Weights are integers, so that taps that are 0 may be left out.
+typedef struct AfpqTap {
+  size_t plane;  // elements
+  ptrdiff_t row, column;
+} AfpqTap;
+typedef struct AfpqPlanar {
+  const float* src;
+  const AfpqTap* taps;
+  const float* weights;  // [num_taps][kTileN], of which num_channels are used
+  const float* scales;   // [num_channels]
+  const float* bias;     // [num_channels]
+  float* dst;
+  size_t num_taps;
+  size_t num_channels;           // 1..kTileN
+  size_t src_channel_stride;     // elements; 0: all channels read the same planes
+  size_t dst_channel_stride;     // elements
+  size_t src_rows, src_columns;  // of every plane
+  size_t src_stride;             // elements from row to row
+  size_t row_step, column_step;
+  size_t num_rows;
+  size_t row_size;    // elements
+  size_t dst_stride;  // at least row_size
+  float low, high;    // -inf, +inf: no clamp
+} AfpqPlanar;
+
+// Products of integers come in two forms that give the same bits where both may be used:
+//   bytes  rows of lhs are planes of unsigned bytes, those of rhs of signed bytes
+//   words  both are 16-bit numbers, so a16 takes one dot product instead of two, with sums that
+//   must
+//          fit 32 bits (csrc/drivers/weight.h says when they do)
 typedef struct AfpqKernels {
   const char* isa;
+  // Preferences, where several ways give the same bits.
+  int a16_as_words;   // a16 is faster as words
+  int a8_byte_limit;  // a8 is faster as words where |rhs| goes beyond this
+  int pixel_lanes;    // 1x1 convolutions are faster with pixels in the lanes (gemm_pixels)
 
   // Codes -> signed bytes, one per code in stored order: dst[i] = table[window of 8 bits starting
   // at code i's bits]. The table has 256 entries and is periodic in 2^bits, so bits above the code
   // do not matter. src: [num_tiles][8 * bits] bytes; dst: [num_tiles][64]; bits: 2..8.
   void (*expand_s8_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
                         int8_t* dst);
+
+  // The same to words, the channels of two steps together: dst[tile][i][c][j] = table[code of
+  // (channel c, step 2 i + j)], i < 2, j < 2.
+  void (*expand_s16_afp)(const uint8_t* src, size_t num_tiles, unsigned bits, const int16_t* table,
+                         int16_t* dst);
 
   // The same to floats, transposed inside the tile: dst[tile][j][c] = table[code of (channel c,
   // step j)]. dst: [num_tiles][kTileK][kTileN] floats.
@@ -106,11 +181,17 @@ typedef struct AfpqKernels {
   //   int32
   // lhs: num_taps x kMaxRows pointers (the first num_rows of each tap are used) to 4 * num_tiles
   // bytes. rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst: [num_rows][kPanelN].
-  // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. The caller keeps sums within int32. Never
-  // saturates.
+  // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. No |rhs| is beyond `limit`, at most 128.
+  // The caller keeps sums within int32. Never saturates.
   void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                          const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                         int accumulate, int32_t* dst);
+                         int limit, int accumulate, int32_t* dst);
+
+  // The same for words, rhs as expand_s16_afp writes it (64 words a tile). Sums wrap around: they
+  // are exact modulo 2^32. No two neighbours of rhs are both -32768.
+  void (*gemm_s32_s16_s16)(const int16_t* const* lhs, size_t num_taps, size_t num_tiles,
+                           const int16_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
+                           int accumulate, int32_t* dst);
 
   // The same in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64
   // floats a tile). Each output is one chain of fma in (t, i, j) order, starting from 0 or from
@@ -119,30 +200,48 @@ typedef struct AfpqKernels {
                            const float* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
                            int accumulate, float* dst);
 
+  void (*gemm_pixels_f32_u8_s8)(const AfpqPixels* p);
+  void (*gemm_pixels_f32_s16_s16)(const AfpqPixels* p);
+
   // Smallest and largest of src[0..count) and 0. *finite is set to 0 when an element is NaN or
   // infinite, else to 1.
   void (*range_f32)(const float* src, size_t count, float* low, float* high, int* finite);
 
   // src[0..count) -> planes[p][0..count).
   void (*quantize_u8_f32)(const float* src, size_t count, const AfpqQuantize* q);
+  // src[0..count) -> words[0..count).
+  void (*quantize_s16_f32)(const float* src, size_t count, const AfpqQuantize* q);
 
   // Channel planes to channel-last rows: src[c * src_stride + x] -> planes[p][x * num_channels +
   // c], x < count, c < num_channels.
   void (*quantize_transpose_u8_f32)(const float* src, size_t src_stride, size_t num_channels,
                                     size_t count, const AfpqQuantize* q);
 
-  // The same without rounding: dst[x * num_channels + c] = src[c * src_stride + x].
+  // The same to words[x * num_channels + c].
+  void (*quantize_transpose_s16_f32)(const float* src, size_t src_stride, size_t num_channels,
+                                     size_t count, const AfpqQuantize* q);
+
+  // Channel planes to pixels, as gemm_pixels reads them: src[c * src_stride + x] -> planes[0] at
+  // 4 * (c / 4 * pixel_stride + x) + c % 4, or words at 2 * (c / 2 * pixel_stride + x) + c % 2.
+  // num_channels is a multiple of 4.
+  void (*quantize_pixels_u8_f32)(const float* src, size_t src_stride, size_t num_channels,
+                                 size_t count, size_t pixel_stride, const AfpqQuantize* q);
+  void (*quantize_pixels_s16_f32)(const float* src, size_t src_stride, size_t num_channels,
+                                  size_t count, size_t pixel_stride, const AfpqQuantize* q);
+
+  // Channel planes to rows without rounding: dst[x * num_channels + c] = src[c * src_stride + x].
   void (*transpose_f32)(const float* src, size_t src_stride, size_t num_channels, size_t count,
                         float* dst);
 
   void (*combine_f32_s32)(const AfpqCombine* c);
   void (*store_f32)(const AfpqStore* s);
 
-  // One channel of a depthwise (or small grouped) convolution, straight from its float plane:
-  // dst[x] = clamp(fma(a, scale, bias)), a = chain of fma(taps[t][x], weights[t]) over t, from 0; x
-  // < count.
-  void (*planar_f32)(const float* const* taps, const float* weights, size_t num_taps, size_t count,
-                     float scale, float bias, float low, float high, float* dst);
+  // Every step-th element of rows: dst[r * dst_stride + i] = src[r * src_stride + i * step], r <
+  // num_rows, i < count.
+  void (*pick_f32)(const float* src, size_t src_stride, size_t step, size_t num_rows, size_t count,
+                   size_t dst_stride, float* dst);
+
+  void (*planar_f32)(const AfpqPlanar* p);
 } AfpqKernels;
 
 // The tables, best first, ends with null. A table is listed only if it was compiled in; `supported`

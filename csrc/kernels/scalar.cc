@@ -21,6 +21,19 @@ void expand_s8_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, c
   for (size_t i = 0; i < num_tiles * kTileCodes; ++i) dst[i] = table[window(src, i, bits)];
 }
 
+void expand_s16_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits,
+                           const int16_t* table, int16_t* dst) {
+  for (size_t tile = 0; tile < num_tiles; ++tile) {
+    for (size_t c = 0; c < kTileN; ++c) {
+      for (size_t j = 0; j < kTileK; ++j) {
+        dst[(j / 2 * kTileN + c) * 2 + j % 2] = table[window(src, c * kTileK + j, bits)];
+      }
+    }
+    src += 8 * bits;
+    dst += kTileCodes;
+  }
+}
+
 void expand_f32_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, const float* table,
                            float* dst) {
   for (size_t tile = 0; tile < num_tiles; ++tile) {
@@ -35,7 +48,7 @@ void expand_f32_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, 
 
 void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                            const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                           int accumulate, int32_t* dst) {
+                           int /*limit*/, int accumulate, int32_t* dst) {
   for (size_t r = 0; r < num_rows; ++r) {
     for (size_t b = 0; b < num_blocks; ++b) {
       int32_t* out = dst + r * kPanelN + b * kTileN;
@@ -52,6 +65,29 @@ void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t nu
         }
       }
       for (size_t c = 0; c < kTileN; ++c) out[c] = sums[c];
+    }
+  }
+}
+
+void gemm_s32_s16_s16_scalar(const int16_t* const* lhs, size_t num_taps, size_t num_tiles,
+                             const int16_t* rhs, size_t rhs_tiles, size_t num_rows,
+                             size_t num_blocks, int accumulate, int32_t* dst) {
+  for (size_t r = 0; r < num_rows; ++r) {
+    for (size_t b = 0; b < num_blocks; ++b) {
+      int32_t* out = dst + r * kPanelN + b * kTileN;
+      uint32_t sums[kTileN];
+      for (size_t c = 0; c < kTileN; ++c) sums[c] = accumulate ? static_cast<uint32_t>(out[c]) : 0;
+      const int16_t* pairs = rhs + b * rhs_tiles * kTileCodes;
+      for (size_t t = 0; t < num_taps; ++t) {
+        const int16_t* row = lhs[t * kMaxRows + r];
+        for (size_t k = 0; k < num_tiles * kTileK; k += 2, pairs += 2 * kTileN) {
+          for (size_t c = 0; c < kTileN; ++c) {
+            sums[c] += static_cast<uint32_t>(row[k] * pairs[2 * c]);
+            sums[c] += static_cast<uint32_t>(row[k + 1] * pairs[2 * c + 1]);
+          }
+        }
+      }
+      for (size_t c = 0; c < kTileN; ++c) out[c] = static_cast<int32_t>(sums[c]);
     }
   }
 }
@@ -129,6 +165,42 @@ void quantize_transpose_u8_f32_scalar(const float* src, size_t src_stride, size_
   }
 }
 
+int16_t word(float x, const AfpqQuantize& q) {
+  const int32_t middle = q.num_planes == 1 ? 0 : 32768;
+  return static_cast<int16_t>(static_cast<int32_t>(quantize(x, q)) - middle);
+}
+
+void quantize_s16_f32_scalar(const float* src, size_t count, const AfpqQuantize* q) {
+  for (size_t i = 0; i < count; ++i) q->words[i] = word(src[i], *q);
+}
+
+void quantize_transpose_s16_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
+                                       size_t count, const AfpqQuantize* q) {
+  for (size_t x = 0; x < count; ++x) {
+    for (size_t c = 0; c < num_channels; ++c) {
+      q->words[x * num_channels + c] = word(src[c * src_stride + x], *q);
+    }
+  }
+}
+
+void quantize_pixels_u8_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
+                                   size_t count, size_t pixel_stride, const AfpqQuantize* q) {
+  for (size_t c = 0; c < num_channels; ++c) {
+    for (size_t x = 0; x < count; ++x) {
+      put_planes(quantize(src[c * src_stride + x], *q), 4 * (c / 4 * pixel_stride + x) + c % 4, *q);
+    }
+  }
+}
+
+void quantize_pixels_s16_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
+                                    size_t count, size_t pixel_stride, const AfpqQuantize* q) {
+  for (size_t c = 0; c < num_channels; ++c) {
+    for (size_t x = 0; x < count; ++x) {
+      q->words[2 * (c / 2 * pixel_stride + x) + c % 2] = word(src[c * src_stride + x], *q);
+    }
+  }
+}
+
 void transpose_f32_scalar(const float* src, size_t src_stride, size_t num_channels, size_t count,
                           float* dst) {
   for (size_t x = 0; x < count; ++x) {
@@ -181,12 +253,67 @@ void store_f32_scalar(const AfpqStore* args) {
   }
 }
 
-void planar_f32_scalar(const float* const* taps, const float* weights, size_t num_taps,
-                       size_t count, float scale, float bias, float low, float high, float* dst) {
-  for (size_t x = 0; x < count; ++x) {
-    float sum = 0.0f;
-    for (size_t t = 0; t < num_taps; ++t) sum = fmaf(taps[t][x], weights[t], sum);
-    dst[x] = clamp(fmaf(sum, scale, bias), low, high);
+// F of channel c and pixel x. Element j of group g: a pixel's at lhs[(g * pixel_stride + x) * steps
+// + j], a channel's at rhs[(g * 16 + c) * steps + j].
+template <typename Lhs, typename Rhs>
+float pixel_sum(const AfpqPixels& p, const Rhs* rhs, const int32_t* column_sums, size_t c,
+                size_t x) {
+  constexpr size_t kSteps = 4 / sizeof(Rhs);
+  const Lhs* lhs = static_cast<const Lhs*>(p.lhs);
+  uint32_t sum = 0;
+  for (size_t g = 0; g < p.num_tiles * kTileK / kSteps; ++g) {
+    for (size_t j = 0; j < kSteps; ++j) {
+      sum += static_cast<uint32_t>(lhs[(g * p.pixel_stride + x) * kSteps + j] *
+                                   rhs[(g * kTileN + c) * kSteps + j]);
+    }
+  }
+  sum -= static_cast<uint32_t>(p.zero_point) * static_cast<uint32_t>(column_sums[c]);
+  return static_cast<float>(static_cast<int32_t>(sum));
+}
+
+template <typename Lhs, typename Rhs>
+void gemm_pixels(const AfpqPixels& p) {
+  const Rhs *rhs = static_cast<const Rhs*>(p.rhs), *high = static_cast<const Rhs*>(p.rhs_high);
+  for (size_t c = 0; c < p.num_channels; ++c) {
+    for (size_t x = 0; x < p.num_pixels; ++x) {
+      float value = pixel_sum<Lhs>(p, rhs, p.column_sums, c, x);
+      if (high) value = fmaf(pixel_sum<Lhs>(p, high, p.column_sums_high, c, x), 256.0f, value);
+      p.dst[c * p.channel_stride + x] =
+          clamp(fmaf(value * p.scales[c], p.row_scale, p.bias[c]), p.low, p.high);
+    }
+  }
+}
+
+void gemm_pixels_f32_u8_s8_scalar(const AfpqPixels* p) { gemm_pixels<uint8_t, int8_t>(*p); }
+void gemm_pixels_f32_s16_s16_scalar(const AfpqPixels* p) { gemm_pixels<int16_t, int16_t>(*p); }
+
+void pick_f32_scalar(const float* src, size_t src_stride, size_t step, size_t num_rows,
+                     size_t count, size_t dst_stride, float* dst) {
+  for (size_t r = 0; r < num_rows; ++r) {
+    for (size_t i = 0; i < count; ++i) dst[r * dst_stride + i] = src[r * src_stride + i * step];
+  }
+}
+
+float tap_at(const AfpqPlanar& p, size_t c, const AfpqTap& tap, size_t y, size_t x) {
+  const ptrdiff_t row = static_cast<ptrdiff_t>(y * p.row_step) + tap.row;
+  const ptrdiff_t column = static_cast<ptrdiff_t>(x * p.column_step) + tap.column;
+  if (row < 0 || row >= static_cast<ptrdiff_t>(p.src_rows)) return 0.0f;
+  if (column < 0 || column >= static_cast<ptrdiff_t>(p.src_columns)) return 0.0f;
+  return p.src[c * p.src_channel_stride + tap.plane + static_cast<size_t>(row) * p.src_stride +
+               static_cast<size_t>(column)];
+}
+
+void planar_f32_scalar(const AfpqPlanar* p) {
+  for (size_t c = 0; c < p->num_channels; ++c) {
+    for (size_t y = 0; y < p->num_rows; ++y) {
+      for (size_t x = 0; x < p->row_size; ++x) {
+        float sum = 0.0f;
+        for (size_t t = 0; t < p->num_taps; ++t)
+          sum = fmaf(tap_at(*p, c, p->taps[t], y, x), p->weights[t * kTileN + c], sum);
+        p->dst[c * p->dst_channel_stride + y * p->dst_stride + x] =
+            clamp(fmaf(sum, p->scales[c], p->bias[c]), p->low, p->high);
+      }
+    }
   }
 }
 
@@ -194,15 +321,27 @@ void planar_f32_scalar(const float* const* taps, const float* weights, size_t nu
 
 const AfpqKernels kAfpqKernelsScalar = {
     "scalar",
+    0,
+    128,
+    0,
     expand_s8_afp_scalar,
+    expand_s16_afp_scalar,
     expand_f32_afp_scalar,
     gemm_s32_u8_s8_scalar,
+    gemm_s32_s16_s16_scalar,
     gemm_f32_f32_f32_scalar,
+    gemm_pixels_f32_u8_s8_scalar,
+    gemm_pixels_f32_s16_s16_scalar,
     range_f32_scalar,
     quantize_u8_f32_scalar,
+    quantize_s16_f32_scalar,
     quantize_transpose_u8_f32_scalar,
+    quantize_transpose_s16_f32_scalar,
+    quantize_pixels_u8_f32_scalar,
+    quantize_pixels_s16_f32_scalar,
     transpose_f32_scalar,
     combine_f32_s32_scalar,
     store_f32_scalar,
+    pick_f32_scalar,
     planar_f32_scalar,
 };

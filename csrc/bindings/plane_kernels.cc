@@ -1,0 +1,154 @@
+// The kernels of `_core.kernels` that work on planes: convolutions with pixels in the lanes or
+// straight from floats.
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bindings/kernel_arguments.h"
+
+using namespace nb::literals;
+
+namespace {
+
+// src: [num_channels, src_stride], dst: [num_channels / 2, pixel_stride, 2] or [num_channels / 4,
+// pixel_stride, 4]
+template <typename T>
+void check_pixels(Array<const float, 2> src, size_t count, Array<T, 3> dst) {
+  require(dst.shape(2) == 4 / sizeof(T) && src.shape(0) == dst.shape(0) * dst.shape(2),
+          "dst must be [num_channels / steps, pixel_stride, steps]");
+  require(src.shape(0) % kTileK == 0, "num_channels must be a multiple of 4");
+  require(count <= src.shape(1) && count <= dst.shape(1), "count is beyond a stride");
+}
+
+void quantize_pixels_u8_f32(const std::string& isa, Array<const float, 2> src, size_t count,
+                            float inverse_scale, int32_t zero_point, Array<uint8_t, 3> dst,
+                            const std::string& format, float scale) {
+  check_pixels(src, count, dst);
+  const AfpqQuantize q = quantizer(inverse_scale, zero_point, format, scale, dst.data(), 1, 0);
+  table_of(isa).quantize_pixels_u8_f32(src.data(), src.shape(1), src.shape(0), count, dst.shape(1),
+                                       &q);
+}
+
+void quantize_pixels_s16_f32(const std::string& isa, Array<const float, 2> src, size_t count,
+                             float inverse_scale, int32_t zero_point, int levels,
+                             Array<int16_t, 3> dst, const std::string& format, float scale) {
+  check_pixels(src, count, dst);
+  const AfpqQuantize q =
+      word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
+  table_of(isa).quantize_pixels_s16_f32(src.data(), src.shape(1), src.shape(0), count, dst.shape(1),
+                                        &q);
+}
+
+// lhs: [groups, pixel_stride, steps], rhs: [planes, num_tiles, 64], column_sums: [planes,
+// num_channels], dst: [num_channels, channel_stride]
+template <typename Lhs, typename Rhs, auto kMember>
+void gemm_pixels(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs,
+                 size_t num_pixels, int limit, int32_t zero_point,
+                 Array<const int32_t, 2> column_sums, Array<const float, 1> scales,
+                 Array<const float, 1> bias, float row_scale, float low, float high,
+                 Array<float, 2> dst) {
+  const size_t channels = dst.shape(0);
+  const size_t planes = rhs.shape(0);
+  require(lhs.shape(2) == 4 / sizeof(Lhs) && rhs.shape(2) == kTileCodes &&
+              lhs.shape(0) * lhs.shape(2) == rhs.shape(1) * kTileK,
+          "lhs must be [groups, pixel_stride, steps], rhs [planes, num_tiles, 64]");
+  require(planes == 1 || (planes == 2 && sizeof(Rhs) == 2),
+          "rhs must have one plane, or two of words");
+  require(num_pixels >= 1 && num_pixels <= lhs.shape(1) && num_pixels <= dst.shape(1) &&
+              lhs.shape(1) % 16 == 0,
+          "num_pixels is beyond a stride, or that of lhs is no multiple of 16");
+  require(channels >= 1 && channels <= kTileN && column_sums.shape(0) == planes &&
+              column_sums.shape(1) == channels && scales.shape(0) == channels &&
+              bias.shape(0) == channels,
+          "column_sums, scales and bias must have num_channels, 1..16, elements");
+  AfpqPixels args = {};
+  args.lhs = lhs.data();
+  args.rhs = rhs.data();
+  if (planes == 2) {
+    args.rhs_high = rhs.data() + rhs.shape(1) * kTileCodes;
+    args.column_sums_high = column_sums.data() + channels;
+  }
+  args.num_tiles = rhs.shape(1);
+  args.pixel_stride = lhs.shape(1);
+  args.num_pixels = num_pixels;
+  args.num_channels = channels;
+  args.limit = limit;
+  args.zero_point = zero_point;
+  args.column_sums = column_sums.data();
+  args.scales = scales.data();
+  args.bias = bias.data();
+  args.row_scale = row_scale;
+  args.low = low;
+  args.high = high;
+  args.dst = dst.data();
+  args.channel_stride = dst.shape(1);
+  (table_of(isa).*kMember)(&args);
+}
+
+// src: [num_rows, src_stride], dst: [num_rows, dst_stride]
+void pick_f32(const std::string& isa, Array<const float, 2> src, size_t step, size_t count,
+              Array<float, 2> dst) {
+  require(src.shape(0) == dst.shape(0), "src and dst must have as many rows");
+  require(step >= 1 && count >= 1 && count <= dst.shape(1) && (count - 1) * step < src.shape(1),
+          "step or count is beyond a row");
+  table_of(isa).pick_f32(src.data(), src.shape(1), step, src.shape(0), count, dst.shape(1),
+                         dst.data());
+}
+
+// src: [channels or 1, planes, src_rows, src_columns], taps: [num_taps, 3] of plane, row and
+// column, weights: [num_taps, 16], scales and bias: [num_channels], dst: [num_channels, num_rows,
+// dst_stride]
+void planar_f32(const std::string& isa, Array<const float, 4> src, Array<const int32_t, 2> taps,
+                Array<const float, 2> weights, size_t row_step, size_t column_step,
+                Array<const float, 1> scales, Array<const float, 1> bias, float low, float high,
+                size_t row_size, Array<float, 3> dst) {
+  const size_t channels = dst.shape(0), plane = src.shape(2) * src.shape(3);
+  require(taps.shape(1) == 3 && weights.shape(0) == taps.shape(0) && weights.shape(1) == kTileN,
+          "taps must be [num_taps, 3], weights [num_taps, 16]");
+  require(channels >= 1 && channels <= kTileN, "dst must have 1..16 channels");
+  require(src.shape(0) == 1 || src.shape(0) == channels, "src must have as many channels, or one");
+  require(scales.shape(0) == channels && bias.shape(0) == channels,
+          "scales and bias must be [num_channels]");
+  require(row_size <= dst.shape(2), "row_size is beyond the stride of dst");
+  require(row_step >= 1 && column_step >= 1, "steps must be positive");
+  std::vector<AfpqTap> list(taps.shape(0));
+  for (size_t t = 0; t < list.size(); ++t) {
+    const int32_t* tap = taps.data() + 3 * t;
+    require(tap[0] >= 0 && static_cast<size_t>(tap[0]) < src.shape(1), "a tap has no such plane");
+    list[t] = {static_cast<size_t>(tap[0]) * plane, tap[1], tap[2]};
+  }
+  AfpqPlanar args = {};
+  args.src = src.data();
+  args.taps = list.data();
+  args.weights = weights.data();
+  args.scales = scales.data();
+  args.bias = bias.data();
+  args.dst = dst.data();
+  args.num_taps = list.size();
+  args.num_channels = channels;
+  args.src_channel_stride = src.shape(0) == 1 ? 0 : src.shape(1) * plane;
+  args.dst_channel_stride = dst.shape(1) * dst.shape(2);
+  args.src_rows = src.shape(2);
+  args.src_columns = args.src_stride = src.shape(3);
+  args.row_step = row_step;
+  args.column_step = column_step;
+  args.num_rows = dst.shape(1);
+  args.row_size = row_size;
+  args.dst_stride = dst.shape(2);
+  args.low = low;
+  args.high = high;
+  table_of(isa).planar_f32(&args);
+}
+
+}  // namespace
+
+void bind_plane_kernels(nb::module_& m) {
+  using K = AfpqKernels;
+  m.def("quantize_pixels_u8_f32", quantize_pixels_u8_f32, "isa"_a, "src"_a, "count"_a,
+        "inverse_scale"_a, "zero_point"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("quantize_pixels_s16_f32", quantize_pixels_s16_f32, "isa"_a, "src"_a, "count"_a,
+        "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("gemm_pixels_f32_u8_s8", gemm_pixels<uint8_t, int8_t, &K::gemm_pixels_f32_u8_s8>);
+  m.def("gemm_pixels_f32_s16_s16", gemm_pixels<int16_t, int16_t, &K::gemm_pixels_f32_s16_s16>);
+  m.def("pick_f32", pick_f32);
+  m.def("planar_f32", planar_f32);
+}

@@ -1,0 +1,135 @@
+"""Kernels on channel planes against their definitions in NumPy: pixels in the lanes, and straight from floats."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_arrays import INF, Array, assert_same_bits, clamp, floats, fma, guarded, output
+from kernel_rounding import SCALES, encoded, quantize, words_of
+
+from afpq import _core
+from afpq.formats import AfpFormat
+
+kernels = _core.kernels
+
+
+def pixel_sums(lhs: Array, rhs: Array, zero_point: int, channels: int) -> Array:
+    """lhs: [groups, pixels, steps], rhs: [tiles, 64] -> exact sums as float32 [channels, pixels]."""
+    weights = rhs.reshape(len(lhs), 16, -1)[:, :channels].astype(np.int64)
+    return np.einsum("gxj,gcj->cx", lhs.astype(np.int64) - zero_point, weights).astype(np.float32)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 11, 40])
+@pytest.mark.parametrize("kind", [1, 16, 17, 32, 33, 64, 128, "words", "pairs"])
+def test_gemm_of_pixels_is_exact_and_rounds_once(isa: str, kind: Any, tiles: int) -> None:
+    words = isinstance(kind, str)
+    if not words and kind > kernels.a8_byte_limit(isa):
+        return  # such weights go as words
+    steps, planes = 2 if words else 4, 1 + (kind == "pairs")
+    for pixels, channels in [(n, 1 + n % 16) for n in (*range(1, 36), 49, 196)]:
+        rng = np.random.default_rng(pixels)
+        shape = (4 * tiles // steps, -(-pixels // 16) * 16, steps)
+        if words:
+            lhs = rng.integers(-(2**15), 2**15, shape, np.int16)
+            rhs = rng.integers(-300 // tiles, 300 // tiles, (planes, tiles, 64), np.int16)
+            zero_point, limit = int(rng.integers(-(2**15), 2**15)), 0
+        else:
+            lhs = rng.integers(0, 256, shape, np.uint8)
+            rhs = rng.integers(-kind, min(kind, 127), (1, tiles, 64), endpoint=True).astype(np.int8)
+            zero_point, limit = int(rng.integers(0, 256)), kind
+        columns = rhs.reshape(planes, -1, 16, steps).sum((1, 3), dtype=np.int32)[:, :channels]
+        scales, bias = floats(rng, channels), floats(rng, channels)
+        low, high = [(-INF, INF), (0.0, 6.0)][pixels % 2]
+        value = pixel_sums(lhs[:, :pixels], rhs[0], zero_point, channels)
+        if planes == 2:
+            more = pixel_sums(lhs[:, :pixels], rhs[1], zero_point, channels)
+            value = fma(more, np.float32(256), value)
+        expected = fma(value * scales[:, None], np.float32(0.3), bias[:, None])
+        run = kernels.gemm_pixels_f32_s16_s16 if words else kernels.gemm_pixels_f32_u8_s8
+        args = [limit, zero_point, guarded(columns), guarded(scales), guarded(bias), 0.3, low, high]
+        with output((channels, pixels + 3), np.float32, 7) as dst:
+            run(isa, guarded(lhs), guarded(rhs), pixels, *args, dst)
+            assert_same_bits(dst[:, :pixels], clamp(expected, low, high), (pixels, channels))
+            assert (dst[:, pixels:] == 7).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])
+@pytest.mark.parametrize("rounding", ["a8", "a16", "e0m7", "ue2m5"])
+def test_quantize_pixels_joins_channels(isa: str, rounding: str, count: int) -> None:
+    planes, text, scale = 1 + (rounding == "a16"), "", 0.0
+    inverse_scale, zero_point = (9000.0, 32768) if rounding == "a16" else (100.0, 131)
+    if rounding[0] != "a":
+        text, scale = rounding, SCALES[1]
+    for channels in (4, 8, 12, 40):
+        src = floats(np.random.default_rng(channels), channels, count + channels % 8)
+        used = src[:, :count]
+        q = quantize(used, inverse_scale, zero_point, planes)
+        if text:
+            q = encoded(used, AfpFormat.parse(text), scale)[None]
+        stride = count + channels % 3
+        src = guarded(src)
+        with output((channels // 2, stride, 2), np.int16, 7) as dst:
+            kernels.quantize_pixels_s16_f32(
+                isa, src, count, inverse_scale, zero_point, 256**planes, dst, text, scale
+            )
+            expected = words_of(q).reshape(-1, 2, count).swapaxes(1, 2)
+            assert_same_bits(dst[:, :count], expected, channels)
+            assert (dst[:, count:] == 7).all()
+        if planes == 1:
+            with output((channels // 4, stride, 4), np.uint8, 7) as dst:
+                kernels.quantize_pixels_u8_f32(
+                    isa, src, count, inverse_scale, zero_point, dst, text, scale
+                )
+                expected = q.reshape(-1, 4, count).swapaxes(1, 2)
+                assert_same_bits(dst[:, :count], expected, channels)
+                assert (dst[:, count:] == 7).all()
+
+
+# rows and columns of an output plane, then of an input plane
+PLANAR_SHAPES = [
+    *[(2, n, 3, n + 2) for n in range(1, 28)], (1, 70, 3, 70), (7, 7, 7, 7), (9, 8, 9, 8), (14, 14, 14, 14),
+    (11, 29, 11, 29), (5, 40, 4, 33), (6, 3, 2, 1), (4, 16, 20, 50), (12, 33, 30, 90),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_taps", [0, 1, 2, 8, 9, 10])
+@pytest.mark.parametrize("column_step", [1, 2, 3])
+@pytest.mark.parametrize("row_step", [1, 2])
+def test_planar_is_one_chain_of_taps_that_are_0_outside(
+    isa: str, row_step: int, column_step: int, num_taps: int
+) -> None:
+    for rows, columns, src_rows, src_columns in PLANAR_SHAPES:
+        rng = np.random.default_rng(rows + columns)
+        channels, shared = 1 + columns % 3, rows % 2
+        src = floats(rng, 1 if shared else channels, 2, src_rows, src_columns)
+        taps = rng.integers([0, -2, -3], [2, 3, 4], (num_taps, 3), np.int32)
+        weights = rng.integers(-5, 6, (num_taps, 16)).astype(np.float32)
+        total = np.zeros((channels, rows, columns), np.float32)
+        for (plane, row, column), weight in zip(taps, weights[:, :channels, None, None]):
+            y, x = np.arange(rows) * row_step + row, np.arange(columns) * column_step + column
+            inside = np.outer((y >= 0) & (y < src_rows), (x >= 0) & (x < src_columns))
+            at = np.ix_(y.clip(0, src_rows - 1), x.clip(0, src_columns - 1))
+            tap = np.stack([channel[plane][at] for channel in src])
+            total = fma(np.where(inside, tap, np.float32(0)), weight, total)
+        scales, bias = floats(rng, channels), floats(rng, channels)
+        low, high = [(-INF, INF), (0.0, 6.0)][rows % 2]
+        expected = clamp(fma(total, scales[:, None, None], bias[:, None, None]), low, high)
+        planes = [guarded(src), guarded(taps), guarded(weights), row_step, column_step]
+        with output((channels, rows, columns + rows % 3), np.float32, 7) as dst:
+            kernels.planar_f32(
+                isa, *planes, guarded(scales), guarded(bias), low, high, columns, dst
+            )
+            assert_same_bits(dst[..., :columns], expected, (rows, columns, src_rows, src_columns))
+            assert (dst[..., columns:] == 7).all()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_pick_takes_every_step_th_element(isa: str, num_rows: int, step: int) -> None:
+    for count in (*range(1, 71), 112):
+        rng = np.random.default_rng(count)
+        src = floats(rng, num_rows, (count - 1) * step + 1 + count % 2 * (num_rows - 1))
+        with output((num_rows, count + num_rows - 1), np.float32, 7) as dst:
+            kernels.pick_f32(isa, guarded(src), step, count, dst)
+            assert_same_bits(dst[:, :count], src[:, ::step][:, :count], count)
+            assert (dst[:, count:] == 7).all()
