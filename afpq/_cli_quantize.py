@@ -1,7 +1,6 @@
 """The command `quantize`."""
 
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -329,4 +328,4 @@ def _say_defaults(job: "Job", options: _Options) -> None:
 
 
 def _command_line() -> str:
-    return shlex.join(["afpq", *sys.argv[1:]])
+    return shlex.join(["afpq", *click.get_current_context().obj])

@@ -81,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     try:
-        code = afpq.main(
-            args=None if argv is None else list(argv), prog_name="afpq", standalone_mode=False
-        )
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        code = afpq.main(arguments, "afpq", standalone_mode=False, obj=arguments)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.UsageError as error:

@@ -37,7 +37,7 @@ fingerprint() {
   "$1" - <<'PY'
 import hashlib, pathlib, sys
 
-digest = hashlib.sha256(sys.version.encode())
+digest = hashlib.sha256(f"{sys.version} {pathlib.Path.cwd()}".encode())
 files = [pathlib.Path("pyproject.toml")]
 files += (p for p in pathlib.Path("csrc").rglob("*") if p.is_file())
 for path in sorted(files):
