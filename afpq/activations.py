@@ -242,7 +242,7 @@ def _draw(
 
 
 def _dynamic(rows: npt.NDArray[np.float64], low: Floats, high: Floats) -> npt.NDArray[np.float64]:
-    """Rows as `a8` without a format reads them (README, "Arithmetic")."""
+    """Rows as `a8` without a format reads them (docs/specification.md, "Arithmetic")."""
     scale = (high.astype(np.float64) - low) / _LEVELS
     scale = np.where(scale > 0, scale, 1.0)
     zero = np.rint(-low / scale)

@@ -2,7 +2,7 @@
 
 Every chosen layer becomes one operator of the domain `afpq`, with its bias and the Relu or Clip behind it inside, and
 weights become bytes. Whatever only served the replaced nodes goes, everything else stays as it was. The operators are
-specified in README.md; `packed` reads them back.
+specified in docs/specification.md; `packed` reads them back.
 """
 
 import json

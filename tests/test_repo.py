@@ -1,4 +1,4 @@
-"""What keeps the repository in shape: layers, exports, kernel names, symbols, README commands, no stray paths."""
+"""What keeps the repository in shape: layers, exports, kernel names, symbols, no stray paths."""
 
 import ast
 import importlib
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 
-# A module imports only modules of its own group or of groups before it (README, "Layers of the code"). Private
+# A module imports only modules of its own group or of groups before it (CONTRIBUTING, "Layers of the code"). Private
 # modules (`_name`) are parts of the public ones that use them: what they import counts for those.
 LAYERS = (
     ("errors",),
@@ -279,41 +278,6 @@ def test_custom_op_library_exports_one_symbol() -> None:
         ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
     ).stdout
     assert "Ort" not in needed, "the library must reach the runtime through its table only"
-
-
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder with a copy of the shipped models, as a reader of the README has it."""
-    shutil.copytree(ROOT / "models", tmp_path / "models")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run_readme(command: list[str], folder: Path) -> None:
-    environment = dict(os.environ)
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_readme_commands_and_python_run(workplace: Path) -> None:
-    # In order: the Python examples may use files that the commands wrote. Blocks marked `sh` are not run.
-    if shutil.which("afpq", path=str(Path(sys.executable).parent)) is None:
-        pytest.skip("needs the installed command")
-    commands, examples = readme_blocks("bash"), readme_blocks("python")
-    assert commands and examples
-    for block in commands:
-        run_readme(["bash", "-euc", block], workplace)
-    for block in examples:
-        if "import torch" in block and find_spec("onnxscript") is None:
-            continue  # the extra `torch` is not installed
-        run_readme([sys.executable, "-W", "error", "-c", block], workplace)
 
 
 def repository_files() -> list[Path]:

@@ -1,4 +1,4 @@
-// The ops of the domain `afpq`, version 1. The specification is in README.
+// The ops of the domain `afpq`, version 1. The specification is docs/specification.md.
 #pragma once
 
 #include <limits>
