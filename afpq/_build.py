@@ -64,9 +64,9 @@ def build_graph(
         calibration=_calibration_facts(job, stats),
     )
     if stats is None:
-        return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
+        return _rewrite(job, plan, tensors, {}), facts
     if job.held_out is None:  # nothing to prove a correction on
-        return rewrite(job.model, plan, tensors, {}, activations=job.activations), facts
+        return _rewrite(job, plan, tensors, {}), facts
     ways, notes = find_ways(job, plan, stats, Way(tensors, {}, sqnr), progress)
     trials = _try_all(job, plan, ways, progress)
     losses = {name: trial.loss for name, trial in trials.items()}
@@ -134,7 +134,7 @@ def file_size(job: Job, plan: Plan) -> int:
             if layer.weight_name in tensors and can_correct(layer):
                 # Equal biases would be stored once: no two of these are.
                 biases[layer.name] = np.full(layer.n, np.pi * number, np.float32)
-    graph = rewrite(job.model, plan, tensors, biases, activations=job.activations)
+    graph = _rewrite(job, plan, tensors, biases)
     total = _tensor_bytes(graph)
     return len(serialize(graph)) if total <= EXTERNAL_DATA_BYTES else total
 
@@ -216,14 +216,7 @@ def _try_all(
     trials: dict[str, _Trial] = {}
     failed = NaNError("there was no way to try")
     for number, (name, way) in enumerate(ways.items()):
-        graph = rewrite(
-            job.model,
-            plan,
-            way.tensors,
-            way.biases,
-            constants=way.constants,
-            activations=job.activations,
-        )
+        graph = _rewrite(job, plan, way.tensors, way.biases, way.constants)
         try:
             comparison = compare(
                 reference,
@@ -286,6 +279,24 @@ def _loss(comparison: Comparison) -> float:
         elif output.agreement is not None:
             losses.append(1 - output.agreement)
     return min(float(np.mean(losses)), WORST_LOSS) if losses else 0.0
+
+
+def _rewrite(
+    job: Job,
+    plan: Plan,
+    tensors: Mapping[str, PackedTensor],
+    biases: Mapping[str, Floats],
+    constants: Mapping[str, Floats] | None = None,
+) -> ir.Model:
+    return rewrite(
+        job.model,
+        plan,
+        tensors,
+        biases,
+        constants=constants,
+        activations=job.activations,
+        chain=job.chain,
+    )
 
 
 def _tensor_bytes(model: ir.Model) -> int:

@@ -99,6 +99,11 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     "learned with torch as well (best).",
 )
 @click.option(
+    "--chain/--no-chain",
+    default=True,
+    help="With --calib and --activations a8: convolutions pass bytes to each other (default), or floats.",
+)
+@click.option(
     "--bn-recal/--no-bn-recal",
     default=True,
     help="With --calib: also try to restore means and variances, of BatchNormalization and of channels (default).",
@@ -177,6 +182,7 @@ class _Options:
     activations: str
     kind: str
     mode: str
+    chain: bool
     bn_recal: bool
     equalize: bool
     plan_file: Path | None
@@ -213,6 +219,7 @@ def _quantize(model: Path, options: _Options) -> int:
         activations=options.activations,
         kind=options.kind,
         mode=options.mode,
+        chain=options.chain,
         bn_recal=options.bn_recal,
         equalize=options.equalize,
         include=options.include,

@@ -5,9 +5,7 @@ left out, and new tensors have the shortest names (q0 codes, s0 scales, b0 bias)
 in a small network every name shows in the size of the file.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -16,8 +14,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from afpq._activation_entry import ActivationEntry
+from afpq._clip import clip_fields, find_clip
 from afpq._fold import Constants, attribute
-from afpq._layer import Layer, reads_bytes
+from afpq._layer import Layer, takes_bytes
 from afpq.formats import AfpFormat
 from afpq.packing import PackedTensor, store_scale
 
@@ -38,15 +37,6 @@ def pack_scale(fmt: AfpFormat, scale: Floats, kind: str, *, name: str = "") -> i
     if kind == "real":
         return ir.Tensor(stored.view(ml_dtypes.bfloat16), dtype=ir.DataType.BFLOAT16, name=name)
     return ir.Tensor(stored, name=name)
-
-
-@dataclass(frozen=True)
-class _Clip:
-    """A Relu or Clip behind a layer, and its bounds."""
-
-    node: ir.Node
-    low: float
-    high: float
 
 
 class Emitter:
@@ -112,7 +102,9 @@ class Emitter:
         old = [node]
         if layer.add_index is not None:
             old.append(self._nodes[layer.add_index])
-        clip = None if layer.keeps_c else self._clip(old[-1].outputs[0])
+        clip = (
+            None if layer.keeps_c else find_clip(self._graph, self._constants, old[-1].outputs[0])
+        )
         if clip is not None:
             old.append(clip.node)
         activation = node.inputs[0 if layer.weight_input == 1 else 1]
@@ -121,7 +113,7 @@ class Emitter:
         weight, scale = self._weight(layer)
         inputs = [before[-1].outputs[0] if before else activation, weight, scale]
         inputs += self._bias(layer, bias)
-        fields = self._format(layer) | self._conv_fields(layer) | _clip_fields(clip)
+        fields = self._format(layer) | self._conv_fields(layer) | clip_fields(clip)
         fields |= self._activation_fields(layer)
         if self._tensors[layer.weight_name].group_size:
             fields["group_size"] = self._tensors[layer.weight_name].group_size
@@ -172,26 +164,6 @@ class Emitter:
         cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT16)})
         cast.outputs[0].name = self._fresh(name)
         return [cast]
-
-    def _clip(self, output: ir.Value) -> _Clip | None:
-        """The Relu or Clip with constant bounds that alone reads a value."""
-        if output.is_graph_output() or len(output.uses()) != 1:
-            return None
-        node, position = next(iter(output.uses()))
-        if node.domain != "" or node.graph is not self._graph or position != 0:
-            return None
-        if node.op_type == "Relu":
-            return _Clip(node, 0.0, math.inf)
-        if node.op_type != "Clip":
-            return None
-        bounds = [-math.inf, math.inf]
-        for index, operand in enumerate(node.inputs[1:3]):
-            if operand is not None:
-                bound = self._constants.value(operand)
-                if bound is None or bound.size != 1 or np.isnan(bound).any():
-                    return None
-                bounds[index] = float(bound.reshape(()))
-        return _Clip(node, *bounds) if bounds[0] <= bounds[1] else None
 
     # Operands and attributes.
 
@@ -244,7 +216,7 @@ class Emitter:
             return {}
         fields: dict[str, Any] = {"activations": self._activations}
         entry = self._static.get(layer.input_name or "")
-        if entry is not None and reads_bytes(layer, self._tensors[layer.weight_name].format):
+        if entry is not None and takes_bytes(layer, self._tensors[layer.weight_name].format):
             fields["activation_format"] = str(entry.format)
             fields["activation_scale"] = entry.scale
         return fields
@@ -303,15 +275,6 @@ class Emitter:
             self._graph.remove(node, safe=True)
             for operand in operands:
                 self._drop_constant(operand)
-
-
-def _clip_fields(clip: _Clip | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    if clip is not None and clip.low != -math.inf:
-        fields["clip_min"] = clip.low
-    if clip is not None and clip.high != math.inf:
-        fields["clip_max"] = clip.high
-    return fields
 
 
 def _swapped(rank: int) -> list[int]:

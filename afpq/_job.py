@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from afpq._costs import DEFAULT_BITS
+from afpq.activations import added_tensors
 from afpq.data import Data, open_data
 from afpq.errors import DataError, ModelError, PlanError, RuntimeUnavailableError
 from afpq.graph import Model, load_model
@@ -39,6 +40,7 @@ _SETTINGS = (  # that decide about the bytes
     "exclude",
     "overrides",
     "mode",
+    "chain",
     "bn_recal",
     "equalize",
     "seed",
@@ -65,6 +67,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
     mode: str = "default"
+    chain: bool = True
     bn_recal: bool = True
     equalize: bool = False
     seed: int = 0
@@ -102,6 +105,7 @@ def prepare(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    chain: bool = True,
     bn_recal: bool = True,
     equalize: bool = False,
     seed: int = 0,
@@ -126,6 +130,7 @@ def prepare(
         exclude=tuple(exclude),
         overrides=dict(overrides or {}),
         mode=mode,
+        chain=chain,
         bn_recal=bn_recal,
         equalize=equalize,
         seed=seed,
@@ -216,7 +221,7 @@ def _check_names(job: Job) -> None:
             raise PlanError("a plan already says which layers get what: edit the plan instead")
         shapes = {layer.name: (layer.weight_name, layer.n, layer.k) for layer in job.model.layers}
         read = {layer.input_name for layer in job.model.layers if layer.input_name is not None}
-        check_plan(job.plan, shapes, read)
+        check_plan(job.plan, shapes, read | set(added_tensors(job.model)))
         if job.plan.activations and job.activations != "a8":
             raise PlanError(
                 f"the plan has static formats of activations: they need activations a8, not {job.activations}"

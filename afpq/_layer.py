@@ -18,9 +18,11 @@ __all__ = [
     "TensorInfo",
     "conv_extent",
     "conv_matrix",
+    "is_depthwise",
     "is_planar",
     "original_layout",
     "reads_bytes",
+    "takes_bytes",
 ]
 
 
@@ -158,6 +160,21 @@ def reads_bytes(layer: Layer, fmt: AfpFormat) -> bool:
         return False
     conv = layer.conv
     return conv is None or not is_planar(layer.n, layer.k, layer.groups, conv.kernel_shape)
+
+
+def takes_bytes(layer: Layer, fmt: AfpFormat) -> bool:
+    """Whether kernels multiply bytes if what a layer reads has a static format: `reads_bytes`, and depthwise ones."""
+    if reads_bytes(layer, fmt):
+        return True
+    if layer.conv is None or fmt.kernel_class == "wide":
+        return False
+    return is_depthwise(layer.n, layer.k, layer.groups, layer.conv.kernel_shape)
+
+
+def is_depthwise(n: int, k: int, groups: int, kernel_shape: Sequence[int]) -> bool:
+    """Whether a convolution with weights [n, k] has kernels for bytes of single channels."""
+    taps = math.prod(kernel_shape)
+    return bool(_core.conv_is_depthwise(k // taps * groups, n, groups, taps))
 
 
 def is_planar(n: int, k: int, groups: int, kernel_shape: Sequence[int]) -> bool:

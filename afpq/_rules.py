@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from afpq._fold import Array, Constants, attribute
 from afpq._layer import ConvSpec, Layer, conv_matrix
+from afpq._shapes import with_shapes
 from afpq.errors import ModelError
 
 __all__ = ["MIN_WEIGHTS", "Finder"]
@@ -320,11 +320,7 @@ def _unique_names(nodes: list[ir.Node]) -> list[str]:
 
 
 def _inferred_ranks(model: ir.Model) -> dict[str, int]:
-    clone = model.clone()
-    try:
-        clone = ShapeInferencePass(check_type=False, strict_mode=False)(clone).model
-    except Exception:  # inference fails on graphs that run; what is unknown stays unknown
-        return {}
+    clone = with_shapes(model.clone())
     return {
         value.name: len(value.shape)
         for node in clone.graph

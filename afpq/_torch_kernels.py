@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afpq import _core
-from afpq._layer import is_planar
+from afpq._layer import is_depthwise, is_planar
 from afpq.formats import AfpFormat, scale_of
 
 __all__ = ["column_sums", "conv_extents"]
@@ -38,13 +38,16 @@ def column_sums(
     *,
     kernel: Sequence[int] = (),
     groups: int = 1,
+    static: bool = False,
 ) -> Tensor:
     """The sums of I over k that zero points of activations are multiplied by: int32 [planes, segments * padded n + 1].
 
-    Empty where nothing is rounded to integers. `kernel` and `groups` are those of a convolution.
+    Empty where nothing is rounded to integers. `kernel` and `groups` are those of a convolution; `static` says that
+    its input has a static format.
     """
     multiple = 1
-    if activations == "f32" or (kernel and is_planar(n, k, groups, kernel)):
+    of = n, k, groups, kernel
+    if activations == "f32" or (kernel and is_planar(*of) and not (static and is_depthwise(*of))):
         return torch.zeros(0, 0, dtype=torch.int32)
     channels = k // math.prod(kernel)
     if kernel and channels % 4 == 0:

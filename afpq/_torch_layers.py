@@ -233,8 +233,9 @@ class AfpConv(PackedModule):
     def _column_sums(self) -> Tensor:
         a, codes = self.fields, self.stored()[0]
         return _torch_kernels.column_sums(
-            codes, a.format, a.n, a.k, 0, a.activations, kernel=self.kernel_size, groups=self.groups
-        )
+            codes, a.format, a.n, a.k, 0, a.activations,
+            kernel=self.kernel_size, groups=self.groups, static=bool(a.activation_format),
+        )  # fmt: skip
 
 
 class AfpEmbedding(PackedModule):

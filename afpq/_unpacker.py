@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from afpq._chain import channels_first
 from afpq._operand import Operand, Placement, placement
 from afpq.packed import PackedLayer
 
@@ -38,6 +39,7 @@ class Unpacker:
     """Edits one graph and those inside it."""
 
     def __init__(self, graph: ir.Graph) -> None:
+        channels_first(graph)
         self._main = graph
         self._owners: dict[int, ir.Node] = {}  # of subgraphs, by identity
         self._taken = {v.name for v in graph.inputs}
@@ -136,6 +138,8 @@ class Unpacker:
             fields = {n: node.attributes[n].value for n in _CONV_FIELDS if n in node.attributes}
             inputs = [node.inputs[0], weight, _bias(node)]
             new = [ir.node("Conv", inputs if inputs[2] is not None else inputs[:2], fields)]
+            if layer.adds_residual:
+                new.append(ir.node("Add", [new[0].outputs[0], node.inputs[4]]))
         new += self._clip(node, new[-1].outputs[0])
         self._swap(node, new)
 

@@ -10,22 +10,24 @@ a convolution: each sample) adapts. A tensor whose static error would be more th
 bit of resolution, gets none, and its layers round it by its own range, as they do without calibration.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from afpq._chain import find_residuals
+from afpq._shapes import with_shapes
 from afpq.calibrate import Stats, passes
 from afpq.data import Data
 from afpq.formats import AfpFormat, all_formats
-from afpq.graph import Layer, Model, reads_bytes
+from afpq.graph import Layer, Model, takes_bytes
 from afpq.plan import ActivationEntry, Option, Plan, allocate
 from afpq.rounding import best_scale
 from afpq.runtime import FloatModel
 
-__all__ = ["WORSE", "allocate_activations", "choose_activations"]
+__all__ = ["WORSE", "added_tensors", "allocate_activations", "choose_activations"]
 
 # All integers of a byte. Every other format that fits one has a part of them, and can only lose at the same scale;
 # exponents pay in fewer bits, see `allocate_activations`.
@@ -56,7 +58,8 @@ def choose_activations(
 ) -> tuple[ActivationEntry, ...]:
     """The entries of a plan's `activations`, all of 8 bits, in the order in which the tensors are read.
 
-    Tensors that calibration never saw negative take an unsigned format. `kind` says which scales are allowed, as for
+    Tensors that convolutions read, or add to what they make, are passed on as bytes (`rewrite`). Tensors that
+    calibration never saw negative take an unsigned format. `kind` says which scales are allowed, as for
     weights. The same arguments give the same entries, whatever `threads` is.
 
     Raises:
@@ -64,10 +67,15 @@ def choose_activations(
     """
     formats = {entry.weight_name: entry.format for entry in plan.entries}
     readers: dict[str, list[Layer]] = {}
+    convs: set[str] = set()
     for layer in model.layers:
         fmt = formats.get(layer.weight_name)
-        if layer.input_name is not None and fmt is not None and reads_bytes(layer, fmt):
+        if layer.input_name is not None and fmt is not None and takes_bytes(layer, fmt):
             readers.setdefault(layer.input_name, []).append(layer)
+            if layer.kind == "conv":
+                convs.add(layer.output_name)
+    for tensor in added_tensors(model, convs):
+        readers.setdefault(tensor, [])
     chosen: dict[str, ActivationEntry] = {}
     for done, (tensor, drawn) in enumerate(_drawn(model, readers, data), 1):
         allowed = _SIGNED if _sees_negative(readers[tensor], stats) else _UNSIGNED
@@ -123,8 +131,19 @@ def allocate_activations(
     return entries, sum(e.format.bits * elements[e.tensor] for e in entries) / total
 
 
+def added_tensors(model: Model, convs: Set[str] | None = None) -> list[str]:
+    """Tensors that are added to what a convolution makes, one of `convs` (output names; all, if None)."""
+    if convs is None:
+        convs = {layer.output_name for layer in model.layers if layer.kind == "conv"}
+    graph = with_shapes(model.ir.clone()).graph
+    return [residual.other.name or "" for residual in find_residuals(graph, convs)]
+
+
 def _sees_negative(layers: Sequence[Layer], stats: Stats) -> bool:
-    return any(layer.name not in stats or stats[layer.name].low < 0 for layer in layers)
+    """Whether a tensor that these layers read was negative; unknown, and so true, of one that none reads."""
+    return not layers or any(
+        layer.name not in stats or stats[layer.name].low < 0 for layer in layers
+    )
 
 
 @dataclass
@@ -173,40 +192,45 @@ def _drawn(model: Model, readers: Readers, data: Data) -> Iterable[tuple[str, _D
     samples = data.take(_SAMPLES)
     for names, size in passes(network, samples, list(readers)):
         drawn = {name: _Drawn() for name in names}
-        ways = {name: [(way[0], _energy(way)) for way in _ways(readers[name])] for name in names}
+        ways = {name: _ways(readers[name]) for name in names}
         for number, feed in enumerate(samples.batches(size)):
             share = samples.count(feed) / samples.num_samples
             for name, array in zip(names, network.run(feed, names), strict=True):
                 drawn[name].elements += array.size
-                for layer, energy in ways[name]:
-                    rows, low, high = _draw(array, layer, share, seed=number)
+                for axis, energy in ways[name]:
+                    rows, low, high = _draw(array, axis, share, seed=number)
                     drawn[name].add(rows, low, high, energy)
         yield from drawn.items()
 
 
-def _ways(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Layers that read a tensor along the same axis."""
-    found: dict[tuple[bool, int | None], list[Layer]] = {}
+def _ways(layers: Sequence[Layer]) -> list[tuple[int | None, Floats]]:
+    """Axes along which layers read a tensor (None: the channels of planes), and what the channels count there.
+
+    A tensor that none reads is added to another: all its channels count the same.
+    """
+    found: dict[int | None, list[Layer]] = {}
     for layer in layers:
-        found.setdefault((layer.conv is not None, layer.k_axis), []).append(layer)
-    return list(found.values())
+        axis = -1 if layer.k_axis is None else layer.k_axis
+        found.setdefault(None if layer.conv is not None else axis, []).append(layer)
+    ways: list[tuple[int | None, Floats]] = [(axis, _energy(way)) for axis, way in found.items()]
+    return ways or [(None, np.ones(1, np.float32))]
 
 
 def _draw(
-    array: npt.NDArray[Any], layer: Layer, share: float, seed: int
+    array: npt.NDArray[Any], axis: int | None, share: float, seed: int
 ) -> tuple[Floats, Floats, Floats]:
     """Some rows [r, channels] of a batch, and the range (with 0) that dynamic rounding gives each, [r, 1]."""
-    if layer.conv is not None:
+    if axis is None:
         planes = array.reshape(len(array), array.shape[1], -1)
         positions, channels = len(array) * planes.shape[2], array.shape[1]
     else:
-        matrix = np.moveaxis(array, -1 if layer.k_axis is None else layer.k_axis, -1)
+        matrix = np.moveaxis(array, axis, -1)
         matrix = matrix.reshape(-1, matrix.shape[-1])
         positions, channels = matrix.shape
     wanted = max(_FEWEST_ROWS, _VALUES // max(channels, 1))
     count = min(positions, max(1, round(wanted * share)))
     picked = np.random.default_rng(seed).choice(positions, count, replace=False)
-    if layer.conv is not None:
+    if axis is None:
         sample, position = np.divmod(picked, planes.shape[2])
         rows, owners = planes[sample, :, position], array.reshape(len(array), -1)
         low, high = owners.min(axis=1)[sample], owners.max(axis=1)[sample]

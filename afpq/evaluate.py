@@ -18,7 +18,7 @@ import onnxruntime as ort
 from afpq._tally import Energy, OutputComparison, Tally
 from afpq.data import open_data
 from afpq.errors import ModelError
-from afpq.packed import DOMAIN, file_bytes, read_ir
+from afpq.packed import DOMAIN, WITHOUT_WEIGHT, file_bytes, read_ir, read_packed
 from afpq.runtime import session
 
 __all__ = ["Comparison", "LayerComparison", "OutputComparison", "compare", "compare_output"]
@@ -84,6 +84,7 @@ def compare(
             found = ", ".join(others)
             raise ModelError(f"the quantized model has no output {name!r}; it has {found}")
     fetched = list(dict.fromkeys(names + extra))
+    stored = _stored_as_bytes(quantized) if layers else {}
     opened = open_data(data, first.get_inputs(), preprocess=preprocess, limit=limit)
     outputs = {name: Tally(name) for name in names}
     inner = {name: Energy() for name in extra}
@@ -96,7 +97,7 @@ def compare(
             if name in outputs:
                 outputs[name].add(a, b, labels)
             if name in inner:
-                inner[name].add(a, b)
+                inner[name].add(a, stored[name].values(b) if name in stored else b)
         done += count
         if progress is not None:
             progress("compare", done, opened.num_samples)
@@ -148,12 +149,34 @@ def _layer_tensors(reference: Source, quantized: Source) -> dict[str, str]:
     if isinstance(reference, ort.InferenceSession) or isinstance(quantized, ort.InferenceSession):
         raise ModelError("layers can be compared only between model files, not sessions")
     known = {value.name for node in read_ir(reference).graph for value in node.outputs}
+    skipped = ("Unpack", *WITHOUT_WEIGHT)
     result = {}
     for node in read_ir(quantized).graph:
         name = node.outputs[0].name if node.outputs else None
-        if node.domain == DOMAIN and node.op_type != "Unpack" and name in known:
+        if node.domain == DOMAIN and node.op_type not in skipped and name in known:
             result[node.name or str(name)] = str(name)
     return result
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """How a tensor is stored that convolutions pass to each other: channels last, I + zero."""
+
+    scale: float
+    zero: int
+
+    def values(self, stored: Array) -> Array:
+        numbers = (stored.astype(np.float32) - self.zero) * np.float32(self.scale)
+        return np.moveaxis(numbers, -1, 1)
+
+
+def _stored_as_bytes(quantized: Source) -> dict[str, _Bytes]:
+    assert not isinstance(quantized, ort.InferenceSession)
+    return {
+        layer.output_name: _Bytes(layer.output_scale, layer.output_format.zero_byte)
+        for layer in read_packed(quantized).layers
+        if layer.output_format is not None and layer.output_scale is not None
+    }
 
 
 def _run(model: ort.InferenceSession, names: list[str], feed: Mapping[str, Array]) -> list[Array]:

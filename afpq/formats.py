@@ -116,6 +116,11 @@ class AfpFormat:
         """
         return self.mantissa_bits > 0 and self.max_integer <= (127 if self.signed else 255)
 
+    @property
+    def zero_byte(self) -> int:
+        """What kernels add to `I` to make it an unsigned byte, and so the byte of 0: 128 if signed, else 0."""
+        return 128 if self.signed else 0
+
 
 @cache
 def magnitudes(fmt: AfpFormat) -> npt.NDArray[np.int64]:

@@ -14,7 +14,15 @@ import onnx_ir
 
 from afpq._find import find_layers
 from afpq._fold import set_constants
-from afpq._layer import ConvSpec, Layer, Skipped, TensorInfo, original_layout, reads_bytes
+from afpq._layer import (
+    ConvSpec,
+    Layer,
+    Skipped,
+    TensorInfo,
+    original_layout,
+    reads_bytes,
+    takes_bytes,
+)
 from afpq._load import read_model
 from afpq.errors import ModelError
 
@@ -27,6 +35,7 @@ __all__ = [
     "load_model",
     "original_layout",
     "reads_bytes",
+    "takes_bytes",
     "with_constants",
 ]
 

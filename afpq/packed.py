@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from afpq._layer import is_planar
+from afpq._layer import is_depthwise, is_planar
 from afpq.errors import FormatError, ModelError
 from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
 
 __all__ = [
     "DOMAIN",
+    "WITHOUT_WEIGHT",
     "FloatTensor",
     "PackedLayer",
     "PackedModel",
@@ -38,6 +39,7 @@ __all__ = [
 
 DOMAIN = "afpq"
 SPEC_VERSION = "1"
+WITHOUT_WEIGHT = ("MaxPoolU8",)  # operators of the domain that are no layers
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class PackedLayer:
     """One node of the domain `afpq`. Layers with equal `weight_name` share one stored tensor."""
 
     name: str
-    op: str  # MatMul, Conv, Gather, Unpack
+    op: str  # MatMul, Conv (ConvU8 too), Gather, Unpack
     format: AfpFormat
     n: int
     k: int
@@ -64,6 +66,9 @@ class PackedLayer:
         None  # static: the input is rounded to I * activation_scale
     )
     activation_scale: float | None = None
+    output_format: AfpFormat | None = None  # the output is bytes, I + zero, of this format
+    output_scale: float | None = None
+    adds_residual: bool = False  # of bytes, before the output is clipped
 
     @property
     def kind(self) -> str:
@@ -116,7 +121,8 @@ class PackedLayer:
             return "float"
         if self.op == "Conv":
             kernel_shape = self.node.attributes["kernel_shape"].value
-            if is_planar(self.n, self.k, self.groups, kernel_shape):
+            shape = (self.n, self.k, self.groups, kernel_shape)
+            if is_planar(*shape) and (self.activation_format is None or not is_depthwise(*shape)):
                 return "planar"
         return self.format.kernel_class
 
@@ -221,7 +227,8 @@ def describe_packed(model: ir.Model, path: Path, num_bytes: int) -> PackedModel:
         raise ModelError(
             f"{path}: file format version {version}, this afpq reads version {SPEC_VERSION}"
         )
-    layers = tuple(_layer(path, n) for n in model.graph.all_nodes() if n.domain == DOMAIN)
+    nodes = [n for n in model.graph.all_nodes() if n.domain == DOMAIN]
+    layers = tuple(_layer(path, n) for n in nodes if n.op_type not in WITHOUT_WEIGHT)
     return PackedModel(
         path=path,
         layers=layers,
@@ -290,6 +297,17 @@ def _format(where: str, attributes: Mapping[str, Any], name: str) -> AfpFormat:
         raise ModelError(f"{where}: attribute {name}: {error}") from error
 
 
+def _static(
+    where: str, attributes: Mapping[str, Any], name: str
+) -> tuple[AfpFormat, float] | tuple[None, None]:
+    """The format and scale in attributes NAME_format and NAME_scale, which both may be missing."""
+    if f"{name}_format" not in attributes:
+        return None, None
+    if f"{name}_scale" not in attributes:
+        raise ModelError(f"{where}: attribute {name}_scale is missing")
+    return _format(where, attributes, f"{name}_format"), float(attributes[f"{name}_scale"])
+
+
 def _layer(path: Path, node: ir.Node) -> PackedLayer:
     where = f"{path}: node {node.name!r} (afpq {node.op_type})"
     attributes = {name: value.value for name, value in node.attributes.items()}
@@ -305,14 +323,11 @@ def _layer(path: Path, node: ir.Node) -> PackedLayer:
     except Exception as error:  # external data that is missing or too short
         raise ModelError(f"{where}: its weight cannot be read: {error}") from error
     activations = attributes.get("activations", "a16") if first else None
-    static = None
-    if "activation_format" in attributes:
-        static = _format(where, attributes, "activation_format")
-        if "activation_scale" not in attributes:
-            raise ModelError(f"{where}: attribute activation_scale is missing")
+    activation = _static(where, attributes, "activation")
+    output = _static(where, attributes, "output")
     return PackedLayer(
         name=node.name or f"{node.op_type}({node.outputs[0].name})",
-        op=node.op_type,
+        op="Conv" if node.op_type == "ConvU8" else node.op_type,
         format=_format(where, attributes, "format"),
         n=int(attributes["n"]),
         k=int(attributes["k"]),
@@ -325,8 +340,11 @@ def _layer(path: Path, node: ir.Node) -> PackedLayer:
         packed=packed,
         stored_scale=scale,
         node=node,
-        activation_format=static,
-        activation_scale=float(attributes["activation_scale"]) if static else None,
+        activation_format=activation[0],
+        activation_scale=activation[1],
+        output_format=output[0],
+        output_scale=output[1],
+        adds_residual="residual_format" in attributes,
     )
 
 

@@ -134,6 +134,7 @@ def quantize(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    chain: bool = True,
     bn_recal: bool = True,
     equalize: bool = False,
     seed: int = 0,
@@ -147,12 +148,12 @@ def quantize(
     held out to prove that it helps. `max_drop`, in place of a budget, finds the smallest model that loses no more on
     these: points of top-1 if the data has labels, else percent of changed first classes, else percent of error energy
     (`facts.goal` says how much it was, how sure that is, and whether the goal was met). `mode` says how much work is
-    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default` and learns
-    rounding with torch. With `bn_recal` means and
-    variances are restored too, of BatchNormalization and of the layers' channels, where the held-out samples say that
-    it helps. `equalize` builds a second model, from equalised weights, and keeps the better one. `stats` spares the
-    calibration. Without data and statistics, formats follow from weight error alone. `seed` draws the held-out samples.
-    The same arguments give the same bytes, whatever `threads` is.
+    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default` and learns rounding with
+    torch. With activations `a8` and data, tensors get static formats, and with `chain` convolutions pass them to each
+    other as bytes. With `bn_recal` means and variances are restored too, of BatchNormalization and of the layers'
+    channels, where the held-out samples say that it helps. `equalize` builds a second model, from equalised weights,
+    and keeps the better one. `stats` spares the calibration. Without data and statistics, formats follow from weight
+    error alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is.
     `journal` names a folder that keeps what is finished: the same call after a kill goes on from there. It is the
     caller's to delete.
 
@@ -177,6 +178,7 @@ def quantize(
         exclude=exclude,
         overrides=overrides,
         mode=mode,
+        chain=chain,
         bn_recal=bn_recal,
         equalize=equalize,
         seed=seed,

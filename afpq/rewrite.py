@@ -19,10 +19,12 @@ import onnx_ir as ir
 
 from afpq import __version__
 from afpq._activation_entry import ActivationEntry
+from afpq._chain import pass_bytes
 from afpq._emit import DOMAIN, Emitter, pack_scale
 from afpq._fold import set_constants
+from afpq._shapes import with_shapes
 from afpq.errors import ModelError, PlanError
-from afpq.graph import Model
+from afpq.graph import Model, takes_bytes
 from afpq.packing import PackedTensor
 
 __all__ = ["pack_scale", "rewrite", "save", "serialize"]
@@ -54,11 +56,13 @@ def rewrite(
     *,
     constants: Mapping[str, npt.NDArray[np.float32]] | None = None,
     activations: str = "a16",
+    chain: bool = True,
 ) -> ir.Model:
     """The packed model; layers whose weight_name is not in `tensors` stay float. `model` is not changed.
 
-    `biases` ([n] by layer name) replace the layers' own, `constants` other initializers of the same shape, by name. The
-    plan's static activation formats are written with `activations` a8. The same arguments give the same bytes.
+    `biases` ([n] by layer name) replace the layers' own, `constants` other initializers of the same shape, by name.
+    With `activations` a8, the plan's static activation formats are written, and with `chain` convolutions pass
+    tensors to each other in them. The same arguments give the same bytes.
 
     Raises:
         PlanError: a name, a shape or the activation mode does not exist.
@@ -68,11 +72,15 @@ def rewrite(
     clone = model.ir.clone()
     set_constants(clone.graph, constants or {})
     static = {e.tensor: e for e in plan.activations or ()} if activations == "a8" else {}
+    if static:
+        clone = with_shapes(clone)
     emitter = Emitter(clone.graph, tensors, activations, static)
     for layer in model.layers:
         if layer.weight_name in tensors:
             emitter.replace(layer, biases.get(layer.name))
     emitter.finish()
+    if static and chain:
+        pass_bytes(clone.graph, static, _multiplying_bytes(model, tensors))
     _strip(clone)
     clone.graph.opset_imports[DOMAIN] = OPSET_VERSION
     clone.metadata_props.update(
@@ -132,6 +140,17 @@ def save(packed: ir.Model, path: str | Path, *, external_bytes: int = EXTERNAL_D
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _multiplying_bytes(model: Model, tensors: Mapping[str, PackedTensor]) -> set[str]:
+    """Names of the convolutions that multiply bytes if their input has a static format."""
+    return {
+        layer.name
+        for layer in model.layers
+        if layer.kind == "conv"
+        and layer.weight_name in tensors
+        and takes_bytes(layer, tensors[layer.weight_name].format)
+    }
 
 
 def _write(packed: ir.Model, file: Path, external_bytes: int) -> list[Path]:

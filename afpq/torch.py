@@ -140,7 +140,8 @@ def quantize(
             names = [glob.escape(name) for name in exported.left_float]
             options["exclude"] = (*options.get("exclude", ()), *names)
         source = load_model(exported.path)
-        model = quantize_model(source, data=samples.for_afpq(), bits=bits, **options)
+        # Modules pass floats to each other, and the file is to give the same bits.
+        model = quantize_model(source, data=samples.for_afpq(), bits=bits, chain=False, **options)
         ir.external_data.load_to_model(model.packed)
         layers = _owned_layers(model, exported)
         notes = [*exported.left_float.values(), *_share_places(model, layers)]

@@ -98,7 +98,7 @@ def check_run(layer: PackedLayer, threads: int = 0) -> str:
         return _check_rows(layer, threads)
     weight = weight_values(layer).astype(np.float64)
     x = _input(layer)
-    fields = {name: attribute.value for name, attribute in layer.node.attributes.items()}
+    fields = _fields(layer)
     bias = layer.node.inputs[3] if len(layer.node.inputs) > 3 else None
     y = _run_alone(layer, layer.op, fields, [bias] if bias is not None else [], x, threads)
     expected = _product(layer, _as_read(layer, x), weight)
@@ -111,7 +111,34 @@ def check_run(layer: PackedLayer, threads: int = 0) -> str:
     share = float((np.abs(y - expected) / bound).max()) if np.isfinite(y).all() else np.inf
     if share > 1:
         raise AfpqError(f"an output is {share:.3g} times further from float64 than the bound")
+    _check_bytes(layer, fields, [] if bias is None else [bias], x, y, threads)
     return f"within {share:.0%} of the bound on {y.size} outputs"
+
+
+def _check_bytes(
+    layer: PackedLayer,
+    fields: dict[str, Any],
+    more: list[ir.Value],
+    x: Floats,
+    y: Floats,
+    threads: int,
+) -> None:
+    """Where a layer writes bytes, they must be its outputs `y` as the definition rounds them."""
+    fmt, scale = layer.output_format, layer.output_scale
+    if fmt is None or scale is None:
+        return
+    fields = fields | {"output_format": str(fmt), "output_scale": scale}
+    stored = _run_alone(layer, "ConvU8", fields, more, x, threads)
+    found = (np.moveaxis(stored, -1, 1) - fmt.zero_byte) * np.float32(scale)
+    wrong = found != fake_quantize(y, fmt, scale)
+    if wrong.any():
+        raise AfpqError(f"{np.count_nonzero(wrong)} of {y.size} bytes are not the rounded outputs")
+
+
+def _fields(layer: PackedLayer) -> dict[str, Any]:
+    """The attributes of a layer that reads and writes floats, without a residual."""
+    fields = {name: attribute.value for name, attribute in layer.node.attributes.items()}
+    return {n: v for n, v in fields.items() if not n.startswith(("output_", "residual_"))}
 
 
 def _check_rows(layer: PackedLayer, threads: int) -> str:
@@ -181,7 +208,8 @@ def _run_alone(
     operands = [*copies, *inputs] if op == "Gather" else [*inputs, *copies]
     node = ir.node(op, operands, fields, domain="afpq", name=layer.name)
     node.outputs[0].name = "y"
-    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    made = ir.DataType.UINT8 if op == "ConvU8" else ir.DataType.FLOAT
+    node.outputs[0].type = ir.TensorType(made)
     opsets = {"": 17, "afpq": 1}
     graph = ir.Graph(
         inputs,

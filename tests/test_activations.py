@@ -148,7 +148,7 @@ def test_layers_that_read_one_tensor_share_one_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weight", "fields", "fmt"),
     [
-        ((8, 1, 3, 3), {"group": 8}, E2M2),  # depthwise: float planes
+        ((8, 2, 3, 3), {"group": 4}, E2M2),  # small groups: float planes
         ((16, 8, 3, 3), {}, AfpFormat(4, 1)),  # a wide format: float lanes
     ],
 )

@@ -144,9 +144,11 @@ def test_the_saved_plan_is_that_of_the_file(
 
     saved, written = Plan.from_json(plan.read_text()), read_packed(out)
     assert written.metadata["afpq.plan_hash"] == saved.plan_hash
+    fields = [layer.node.attributes for layer in written.layers]
     static = {
-        (str(layer.activation_format), layer.activation_scale)
-        for layer in written.layers
-        if layer.activation_format is not None
+        (f[f"{what}_format"].value, f[f"{what}_scale"].value)
+        for f in fields
+        for what in ("activation", "residual")
+        if f"{what}_format" in f
     }
     assert static == {(str(e.format), e.scale) for e in saved.activations or ()}

@@ -216,4 +216,5 @@ void bind_kernels(nb::module_& module) {
   m.def("combine_f32_s32", combine_f32_s32);
   m.def("store_f32", store_f32);
   bind_plane_kernels(m);
+  bind_byte_kernels(m);
 }

@@ -1,10 +1,12 @@
-// Convolution of any rank 1..3 with strides, pads, dilations and groups, on channel-first float
-// tensors.
+// Convolution of any rank 1..3 with strides, pads, dilations and groups. Tensors are channel-first
+// floats, or channel-last bytes of a static format, as convolutions pass them to each other.
 //
-// Three paths. `gemm`: each sample is rounded to byte planes and turned channel-last, then taps are
-// read in place through offsets (or patches are gathered when the channels of a tap are not a
-// multiple of 4). `pixels`: where the instruction set prefers it, planes stay channel-first.
-// `planar`: depthwise and small convolutions run on the float planes themselves.
+// Four paths. `gemm`: each sample is rounded to byte planes and turned channel-last, unless it is
+// bytes already; then taps are read in place through offsets (or patches are gathered when the
+// channels of a tap are not a multiple of 4). `depthwise`: the same rows, each channel by itself.
+// `pixels`: where the instruction set prefers it, planes of floats stay channel-first. `planar`:
+// small convolutions, and depthwise ones without a static format, run on the float planes
+// themselves.
 #pragma once
 
 #include "drivers/gemm.h"
@@ -40,30 +42,39 @@ inline bool conv_is_planar(const ConvShape& shape) {
   return shape.group_out() % kTileN != 0 || shape.group_in() % kTileK != 0;
 }
 
+inline bool conv_is_depthwise(const ConvShape& shape) {
+  return shape.groups > 1 && shape.groups == shape.channels_in &&
+         shape.groups == shape.channels_out && shape.num_taps() <= 256;  // sums fit int32
+}
+
 struct Conv {
   const AfpqKernels* kernels = nullptr;
   const PackedWeight* weight = nullptr;
   LhsRounding rounding;
   const float* bias = nullptr;  // [channels_out] or null
   float low, high;
+  LhsRounding dst_rounding;       // of bytes
+  LhsRounding residual_rounding;  // of a residual
 };
 
-// src: [batch, channels_in, in...], dst: [batch, channels_out, out...].
-void conv(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
-          const Parallel& parallel);
+// One of the two: [batch, channels_in, in...], or [batch, in..., channels_in] in the format that
+// op.rounding gives.
+struct ConvSource {
+  const float* floats = nullptr;
+  const uint8_t* bytes = nullptr;
+};
 
-// How a sample is rounded, by its range.
-RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
-                              const Parallel& parallel);
+// One of floats [batch, channels_out, out...] and bytes [batch, out..., channels_out].
+struct ConvTarget {
+  float* floats = nullptr;
+  uint8_t* bytes = nullptr;
+  const uint8_t* residual = nullptr;  // added before the clamp: shaped like bytes, or null
+};
 
-// The path of 1-D and 2-D convolutions whose sums are single dot products with pixels in the lanes,
-// and whether it takes this one.
-bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products);
-void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
-                 size_t batch, float* dst, const Parallel& parallel);
+// Whether the integers of the activations are multiplied, which bytes and residuals need.
+bool conv_multiplies_integers(const Conv& op, const ConvShape& shape);
 
-// The planar path, chosen by `conv`.
-void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
-                 const Parallel& parallel);
+void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
+          const ConvTarget& dst, const Parallel& parallel);
 
 }  // namespace afpq

@@ -5,27 +5,12 @@
 #include <limits>
 
 #include "core/scratch.h"
+#include "drivers/panel.h"
 
 namespace afpq {
 namespace {
 
-constexpr size_t kBlockRows =
-    48;  // rows whose sums and floats stay in L1 (a multiple of 16 and of 6)
 constexpr size_t kTargetTasks = 8;  // enough for a few threads; the pool is not asked for its size
-
-// The part of a job that one task works on.
-struct Panel {
-  size_t first_block;   // of the weight
-  size_t num_blocks;    // 1..kPanelBlocks
-  size_t num_channels;  // 1..kPanelN
-  size_t dst_channel;   // of the job
-};
-
-Panel panel_of(const GemmJob& job, size_t index) {
-  const size_t channel = index * kPanelN;
-  const size_t channels = std::min<size_t>(kPanelN, job.n - channel);
-  return {job.first_block + index * kPanelBlocks, ceil_div(channels, kTileN), channels, channel};
-}
 
 size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps; }
 
@@ -179,47 +164,21 @@ void combine_segment(const GemmJob& job, const Panel& panel, size_t /*first*/, s
 
 template <typename E>
 void combine_segment(const GemmJob& job, const Panel& panel, size_t first, size_t count,
-                     size_t segment, const float* scales, const Workspace<E>& work) {
-  const PackedWeight& weight = *job.weight;
-  const size_t sums_at = segment * weight.num_blocks * kTileN + panel.first_block * kTileN;
-  const bool joined = weight.format.num_planes() > job.products.rhs_planes;
-  AfpqCombine combine = {};
-  for (int q = 0; q < job.products.rhs_planes; ++q) {
-    combine.sums[q] = work.sums[q];
-    combine.column_sums[q] = (joined ? weight.joined_sums : weight.column_sums[q]).data() + sums_at;
-  }
-  combine.zero_points = job.zero_points + first;
-  combine.scales = scales;
-  combine.dst = work.scaled;
-  combine.num_rows = count;
-  combine.num_channels = panel.num_channels;
-  combine.lhs_planes = job.products.lhs_planes;
-  combine.rhs_planes = job.products.rhs_planes;
-  combine.accumulate = segment > 0;
-  job.kernels->combine_f32_s32(&combine);
+                     size_t segment, const float* /*scales*/, const Workspace<E>& work) {
+  combine_rows(job, panel, first, count, segment, work.sums, work.scaled);
 }
 
-const float* scales_of(const GemmJob& job, const Panel& panel, size_t segment) {
-  const PackedWeight& weight = *job.weight;
-  return weight.scales.data() +
-         (weight.segments[segment].group * weight.num_blocks + panel.first_block) * kTileN;
+// Sums of the only segment, finished at once where they can be.
+bool finish_segment(const GemmJob&, const Panel&, size_t, size_t, const Workspace<Floats>&) {
+  return false;
 }
 
-void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
-                const float* scaled) {
-  static constexpr float kNoBias[kPanelN] = {};
-  AfpqStore store = {};
-  store.src = scaled;
-  store.row_scales = job.row_scales + first;
-  store.bias = job.bias ? job.bias + panel.first_block * kTileN : kNoBias;
-  store.dst = job.dst + first * job.row_stride + panel.dst_channel * job.channel_stride;
-  store.num_rows = count;
-  store.num_channels = panel.num_channels;
-  store.row_stride = job.row_stride;
-  store.channel_stride = job.channel_stride;
-  store.low = job.low;
-  store.high = job.high;
-  job.kernels->store_f32(&store);
+template <typename E>
+bool finish_segment(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                    const Workspace<E>& work) {
+  if (!finishes_at_once(job)) return false;
+  finish_rows(job, panel, first, count, work.sums);
+  return true;
 }
 
 // All rows fit one block: k is expanded a little at a time and used while it is in L1.
@@ -234,6 +193,7 @@ void gemm_few_rows(const GemmJob& job, const Panel& panel) {
       sum_tiles(job, panel, 0, job.m, begin, end, begin, end - begin, begin > segments[s].begin,
                 work);
     }
+    if (finish_segment(job, panel, 0, job.m, work)) return;
     combine_segment(job, panel, 0, job.m, s, scales_of(job, panel, s), work);
   }
   store_rows(job, panel, 0, job.m, work.scaled);
@@ -246,6 +206,11 @@ void gemm_many_rows(const GemmJob& job, const Panel& panel, size_t row_begin, si
   expand_panel(job, panel, 0, weight.num_tiles, work);
   for (size_t first = row_begin; first < row_end; first += kBlockRows) {
     const size_t count = std::min(kBlockRows, row_end - first);
+    if (finishes_at_once(job)) {
+      sum_tiles(job, panel, first, count, 0, weight.num_tiles, 0, weight.num_tiles, false, work);
+      finish_segment(job, panel, first, count, work);
+      continue;
+    }
     for (size_t s = 0; s < weight.segments.size(); ++s) {
       const Segment& segment = weight.segments[s];
       sum_tiles(job, panel, first, count, segment.begin, segment.end, 0, weight.num_tiles, false,
@@ -300,22 +265,26 @@ void gemm(const GemmJob& job, const Parallel& parallel) {
   run(job, parallel);
 }
 
+RowQuantizer static_quantizer(const LhsRounding& rounding) {
+  RowQuantizer result;
+  const float largest = static_cast<float>(rounding.format.max_integer());
+  result.scale = result.quantize.scale = rounding.scale;
+  result.quantize.num_planes = 1;
+  result.quantize.low = rounding.format.is_signed ? -largest : 0.0f;
+  result.quantize.high = largest;
+  result.quantize.mantissa_bits = rounding.format.mantissa_bits;
+  result.quantize.zero_point = rounding.format.is_signed ? 128 : 0;
+  return result;
+}
+
 RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, bool finite) {
-  RowQuantizer result = {};
+  RowQuantizer result;
   result.quantize.num_planes = static_cast<int>(rounding.mode);
   if (!finite) {
     result.scale = std::numeric_limits<float>::quiet_NaN();
     return result;
   }
-  if (rounding.scale > 0) {
-    const float largest = static_cast<float>(rounding.format.max_integer());
-    result.scale = result.quantize.scale = rounding.scale;
-    result.quantize.low = rounding.format.is_signed ? -largest : 0.0f;
-    result.quantize.high = largest;
-    result.quantize.mantissa_bits = rounding.format.mantissa_bits;
-    result.quantize.zero_point = rounding.format.is_signed ? 128 : 0;
-    return result;
-  }
+  if (rounding.scale > 0) return static_quantizer(rounding);
   const float levels = rounding.mode == Activations::kA8 ? 255.0f : 65535.0f;
   result.scale = high / levels - low / levels;
   const float inverse = 1.0f / result.scale;

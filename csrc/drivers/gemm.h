@@ -56,6 +56,21 @@ struct LhsRows {
   const void* padding[2] = {nullptr, nullptr};
 };
 
+// What is added to a product before it is clamped: bytes of a static format, in rows like dst.
+struct Residual {
+  const uint8_t* bytes = nullptr;  // of the first channel of the job
+  int32_t zero = 0;
+  float scale = 0;
+};
+
+// Where results go if not to dst: bytes of a static format, in rows of `stride`. All rows of such a
+// job have one scale and one zero point.
+struct ByteRows {
+  uint8_t* bytes = nullptr;
+  AfpqQuantize quantize = {};
+  size_t stride = 0;  // of the residual too
+};
+
 struct GemmJob {
   const AfpqKernels* kernels = nullptr;
   const PackedWeight* weight = nullptr;
@@ -68,6 +83,8 @@ struct GemmJob {
   float* dst = nullptr;                  // of the first channel of this job
   size_t row_stride = 0;                 // elements
   size_t channel_stride = 0;
+  ByteRows byte_rows;  // in place of dst, if its bytes are not null
+  Residual residual;
   size_t m = 0;
   size_t first_block = 0;  // of the weight: a convolution's group starts here
   size_t n = 0;            // channels of this job
@@ -75,12 +92,16 @@ struct GemmJob {
 
 void gemm(const GemmJob& job, const Parallel& parallel);
 
+// The same for a depthwise convolution, whose rows are taps of bytes (offsets are not null) that
+// hold all channels, padded to blocks of 16: channel c of tap t meets step t of channel c.
+void depthwise(const GemmJob& job, const Parallel& parallel);
+
 // How a row (of a convolution: a sample) of this range, 0 included, is rounded to byte planes: with
 // a scale and a zero point of its own, or those of the static format. NaN or infinity in a row
 // makes its scale NaN, so the row's results are NaN as they would be in float.
 struct RowQuantizer {
-  float scale;
-  AfpqQuantize quantize;
+  float scale = 1.0f;
+  AfpqQuantize quantize = {};
 
   // What zero becomes: of words, the number that they hold.
   int32_t zero_element(Elements elements) const {
@@ -89,5 +110,8 @@ struct RowQuantizer {
   }
 };
 RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, bool finite);
+
+// The same of a static format, whose rounding has a scale.
+RowQuantizer static_quantizer(const LhsRounding& rounding);
 
 }  // namespace afpq

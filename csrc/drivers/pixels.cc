@@ -13,7 +13,7 @@
 #include <cstring>
 
 #include "core/scratch.h"
-#include "drivers/conv.h"
+#include "drivers/conv_paths.h"
 
 namespace afpq {
 namespace {

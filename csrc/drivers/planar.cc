@@ -12,7 +12,7 @@
 #include <algorithm>
 
 #include "core/scratch.h"
-#include "drivers/conv.h"
+#include "drivers/conv_paths.h"
 
 namespace afpq {
 namespace {

@@ -87,7 +87,7 @@ void use_sums(const AfpqKernels& kernels, PackedWeight* weight) {
   for (int plane = 0; plane < planes; ++plane) {
     weight->fits_words = weight->fits_words && weight->sides[plane] <= kMaxSide;
   }
-  if (!weight->fits_words || planes < 2) return;
+  if (planes < 2) return;
   weight->joined_sums = weight->column_sums[0];
   for (size_t i = 0; i < weight->joined_sums.size(); ++i)
     weight->joined_sums[i] += 256 * weight->column_sums[1][i];

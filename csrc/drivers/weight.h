@@ -36,7 +36,7 @@ struct PackedWeight {
   std::vector<Segment> segments;  // cover [0, num_tiles)
   std::vector<int32_t>
       column_sums[2];  // [segment][16 * num_blocks] of I (byte) or of each plane (pair)
-  std::vector<int32_t> joined_sums;  // the same of I itself, if fits_words and a pair
+  std::vector<int32_t> joined_sums;  // the same of I itself, if a pair
   int limits[2] = {0, 0};            // the largest magnitude in each plane
   int32_t sides[2] = {0, 0};  // the largest sum of one sign, see fits_words, or a bound of it
   // Whether rows of words may take the place of byte planes: in no channel, segment and plane do

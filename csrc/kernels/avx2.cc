@@ -262,6 +262,9 @@ void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, co
 #include "avx2_quantize.inc"
 #include "avx2_transpose.inc"
 
+// Behind the parts that it uses.
+#include "avx2_bytes.inc"
+
 struct Range {
   __m256 low = _mm256_setzero_ps();
   __m256 high = _mm256_setzero_ps();
@@ -359,6 +362,7 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     expand_f32_afp_avx2,
     gemm_s32_u8_s8_avx2,
     gemm_s32_s16_s16_avx2,
+    depthwise_s32_u8_s16_avx2,
     gemm_f32_f32_f32_avx2,
     gemm_pixels_f32_u8_s8_avx2,
     gemm_pixels_f32_s16_s16_avx2,
@@ -372,6 +376,8 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     transpose_f32_avx2,
     combine_f32_s32_avx2,
     store_f32_avx2,
+    store_u8_f32_avx2,
+    finish_u8_s32_avx2,
     pick_f32_avx2,
     planar_f32_avx2,
 };

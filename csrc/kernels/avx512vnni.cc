@@ -161,6 +161,9 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 #include "avx512vnni_quantize.inc"
 #include "avx512vnni_transpose.inc"
 
+// Behind the parts that it uses.
+#include "avx512vnni_bytes.inc"
+
 struct Range {
   __m512 low = _mm512_setzero_ps();
   __m512 high = _mm512_setzero_ps();
@@ -253,6 +256,7 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     expand_f32_afp_avx512vnni,
     gemm_s32_u8_s8_avx512vnni,
     gemm_s32_s16_s16_avx512vnni,
+    depthwise_s32_u8_s16_avx512vnni,
     gemm_f32_f32_f32_avx512vnni,
     gemm_pixels_f32_u8_s8_avx512vnni,
     gemm_pixels_f32_s16_s16_avx512vnni,
@@ -266,6 +270,8 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     transpose_f32_avx512vnni,
     combine_f32_s32_avx512vnni,
     store_f32_avx512vnni,
+    store_u8_f32_avx512vnni,
+    finish_u8_s32_avx512vnni,
     pick_f32_avx512vnni,
     planar_f32_avx512vnni,
 };

@@ -65,6 +65,39 @@ typedef struct AfpqStore {
   float low, high;        // -inf, +inf: no clamp
 } AfpqStore;
 
+struct AfpqQuantize;
+
+// The same end of a layer to rows of bytes, or of floats behind which only a change of layout
+// follows. With a residual, which is what a byte of another tensor stands for,
+//   v = clamp(fma(src[r][c], row_scales[r], bias[c]) + (residual[r][c] - residual_zero) *
+//             residual_scale)
+// where the scale has 8 significant bits, so that only the sum rounds; else v as above. If floats
+// is null, dst takes q of v as `quantize`, which has one plane and a scale > 0, says, and of `low`
+// where v is NaN; else floats take v. floats may be src.
+typedef struct AfpqStoreBytes {
+  const float* src;         // [num_rows][kPanelN]
+  const float* row_scales;  // [num_rows]
+  const float* bias;        // [num_channels]
+  const uint8_t* residual;  // rows `stride` apart, or null
+  int32_t residual_zero;
+  float residual_scale;
+  const struct AfpqQuantize* quantize;
+  uint8_t* dst;   // rows `stride` apart
+  float* floats;  // [num_rows][kPanelN] or null
+  size_t num_rows;
+  size_t num_channels;  // 1..kPanelN
+  size_t stride;
+  float low, high;  // -inf, +inf: no clamp
+} AfpqStoreBytes;
+
+// Both steps from sums to bytes at once, where all rows have the first zero point and the first row
+// scale: store.src is what combine, with one plane of lhs, would write. combine.dst, accumulate,
+// store.src and store.floats are not used; the numbers of rows and channels are store's.
+typedef struct AfpqFinish {
+  AfpqCombine combine;
+  AfpqStoreBytes store;
+} AfpqFinish;
+
 // How floats become unsigned bytes. With scale == 0, fixed point: q = min(max(rint(x *
 // inverse_scale) + zero_point, 0), num_planes == 1 ? 255 : 65535), rint to nearest even; q = 0
 // where x * inverse_scale is NaN or beyond +-65536 (rows with such elements have a NaN scale).
@@ -193,7 +226,15 @@ typedef struct AfpqKernels {
                            const int16_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
                            int accumulate, int32_t* dst);
 
-  // The same in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64
+  // Depthwise: channels meet only their own weights.
+  //   dst[r][16 b + c] = sum over t < num_taps of lhs[t * kMaxRows + r][16 b + c] *
+  //                      rhs[b * rhs_tiles + t / 4][t % 4 / 2][c][t % 2]               exact int32
+  // lhs: pointers as above, to 16 * num_blocks bytes. rhs as expand_s16_afp writes it; the weight
+  // behind the last tap, if their number is odd, is 0.
+  void (*depthwise_s32_u8_s16)(const uint8_t* const* lhs, size_t num_taps, const int16_t* rhs,
+                               size_t rhs_tiles, size_t num_rows, size_t num_blocks, int32_t* dst);
+
+  // gemm in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64
   // floats a tile). Each output is one chain of fma in (t, i, j) order, starting from 0 or from
   // dst.
   void (*gemm_f32_f32_f32)(const float* const* lhs, size_t num_taps, size_t num_tiles,
@@ -235,6 +276,8 @@ typedef struct AfpqKernels {
 
   void (*combine_f32_s32)(const AfpqCombine* c);
   void (*store_f32)(const AfpqStore* s);
+  void (*store_u8_f32)(const AfpqStoreBytes* s);
+  void (*finish_u8_s32)(const AfpqFinish* f);
 
   // Every step-th element of rows: dst[r * dst_stride + i] = src[r * src_stride + i * step], r <
   // num_rows, i < count.

@@ -181,7 +181,7 @@ size_t KernelContext::num_inputs() const {
   return count;
 }
 
-float* KernelContext::output(size_t index, const std::vector<int64_t>& dims) const {
+void* KernelContext::output_data(size_t index, const std::vector<int64_t>& dims) const {
   OrtValue* value = nullptr;
   check(api_,
         call<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(

@@ -63,8 +63,13 @@ class KernelContext {
   // data is null when an optional input is absent.
   Tensor input(size_t index) const;
   size_t num_inputs() const;
-  float* output(size_t index, const std::vector<int64_t>& dims) const;
+  template <typename T>
+  T* output(size_t index, const std::vector<int64_t>& dims) const {
+    return static_cast<T*>(output_data(index, dims));
+  }
   Parallel parallel();
+
+  void* output_data(size_t index, const std::vector<int64_t>& dims) const;
 
   const OrtApi* api_;
   OrtKernelContext* context_;

@@ -1,34 +1,44 @@
 #include <algorithm>
 
+#include "drivers/max_pool.h"
 #include "ort/ops.h"
 
 namespace afpq::ort {
 namespace {
 
-// An attribute with one value per spatial axis (or `count` values), or `missing` everywhere.
-std::vector<int64_t> axes(const KernelInfo& info, const char* name, size_t count, int64_t missing,
-                          int64_t least) {
-  std::vector<int64_t> values = info.integers(name);
-  if (values.empty()) values.assign(count, missing);
-  if (values.size() != count || *std::min_element(values.begin(), values.end()) < least) {
-    throw Error(kInvalidArgument, std::string("attribute ") + name + " is " + to_string(values) +
-                                      ", needs " + std::to_string(count) + " values of at least " +
-                                      std::to_string(least));
-  }
-  return values;
+size_t tiles_of_tap(size_t group_in) { return group_in % kTileK == 0 ? group_in / kTileK : 1; }
+
+// [N, C, ...] or, of bytes, [N, ..., C].
+std::vector<int64_t> dims_of(const ConvShape& shape, size_t rank, int64_t batch, size_t channels,
+                             bool bytes) {
+  std::vector<int64_t> dims = {batch};
+  if (!bytes) dims.push_back(static_cast<int64_t>(channels));
+  for (size_t axis = 3 - rank; axis < 3; ++axis)
+    dims.push_back(static_cast<int64_t>(shape.out[axis]));
+  if (bytes) dims.push_back(static_cast<int64_t>(channels));
+  return dims;
 }
 
-size_t tiles_of_tap(size_t group_in) { return group_in % kTileK == 0 ? group_in / kTileK : 1; }
+void check_size(const ConvShape& shape, const std::vector<int64_t>& dims) {
+  if (shape.num_in() * shape.channels_in >= size_t{1} << 31) {
+    throw Error(kNotImplemented,
+                "X has shape " + to_string(dims) + ", a sample of more than 2^31 elements");
+  }
+}
 
 }  // namespace
 
-int ConvOp::input_type(size_t index) { return index == 1 ? kUint8 : index == 2 ? kAny : kFloat; }
+int ConvOp::input_type(size_t index) {
+  return index == 0 || index == 2 ? kAny : index == 3 ? kFloat : kUint8;
+}
 
 ConvOp::ConvOp(const KernelInfo& info)
-    : rounding_(read_activations(info)),
+    : geometry_(info),
+      base_(geometry_.base()),
+      rounding_(read_activations(info)),
+      residual_rounding_(read_static_format(info, "residual")),
       low_(info.real("clip_min", -kInfinity)),
       high_(info.real("clip_max", kInfinity)) {
-  read_axes(info);
   const size_t n = positive(info, "n"), k = positive(info, "k"), taps = base_.num_taps();
   base_.groups = static_cast<size_t>(std::max<int64_t>(info.integer("group", 1), 0));
   if (base_.groups == 0 || n % base_.groups) {
@@ -48,76 +58,48 @@ ConvOp::ConvOp(const KernelInfo& info)
     throw Error(kNotImplemented, "attribute k means " + std::to_string(base_.group_in()) +
                                      " channels per group, more than 65536");
   }
-  const bool integer_sums = rounding_.mode != Activations::kF32 && !conv_is_planar(base_);
+  const bool planar = conv_is_planar(base_) && !(conv_is_depthwise(base_) && rounding_.scale > 0);
+  const bool integer_sums = rounding_.mode != Activations::kF32 && !planar;
   weight_ = read_weight(info, 1, tiles_of_tap(base_.group_in()), integer_sums);
 }
 
-void ConvOp::read_axes(const KernelInfo& info) {
-  const std::vector<int64_t> kernel = info.integers("kernel_shape");
-  rank_ = kernel.size();
-  if (rank_ < 1 || rank_ > 3) {
-    throw Error(kInvalidArgument,
-                "attribute kernel_shape is " + to_string(kernel) + ", needs 1 to 3 values");
+ConvShape ConvOp::shape_of(const Tensor& x) const {
+  const size_t rank = geometry_.rank(), axis = x.type == kUint8 ? rank + 1 : 1;
+  if (x.dims.size() != rank + 2 || x.dims[axis] != static_cast<int64_t>(base_.channels_in)) {
+    throw Error(kInvalidArgument, "X has shape " + to_string(x.dims) + ", needs " +
+                                      std::to_string(rank + 2) + " axes with " +
+                                      std::to_string(base_.channels_in) + " channels on axis " +
+                                      std::to_string(axis));
   }
-  axes(info, "kernel_shape", rank_, 1, 1);
-  const std::vector<int64_t> strides = axes(info, "strides", rank_, 1, 1);
-  const std::vector<int64_t> dilations = axes(info, "dilations", rank_, 1, 1);
-  const std::vector<int64_t> pads = axes(info, "pads", 2 * rank_, 0, 0);
-  for (size_t i = 0; i < rank_; ++i) {
-    const size_t axis = 3 - rank_ + i;
-    base_.kernel[axis] = static_cast<size_t>(kernel[i]);
-    base_.strides[axis] = static_cast<size_t>(strides[i]);
-    base_.dilations[axis] = static_cast<size_t>(dilations[i]);
-    base_.pads[axis] = static_cast<size_t>(pads[i]);
-    end_pads_[axis] = static_cast<size_t>(pads[rank_ + i]);
-  }
-  auto_pad_ = info.text("auto_pad", "NOTSET");
-  if (auto_pad_ != "NOTSET" && auto_pad_ != "VALID" && auto_pad_ != "SAME_UPPER" &&
-      auto_pad_ != "SAME_LOWER") {
-    throw Error(kInvalidArgument, "attribute auto_pad is '" + auto_pad_ +
-                                      "', not one of NOTSET, VALID, SAME_UPPER, SAME_LOWER");
-  }
-}
-
-ConvShape ConvOp::shape_of(const std::vector<int64_t>& dims) const {
-  if (dims.size() != rank_ + 2 || dims[1] != static_cast<int64_t>(base_.channels_in)) {
-    throw Error(kInvalidArgument, "X has shape " + to_string(dims) + ", needs " +
-                                      std::to_string(rank_ + 2) + " axes with " +
-                                      std::to_string(base_.channels_in) + " channels");
-  }
-  ConvShape shape = base_;
-  for (size_t axis = 3 - rank_; axis < 3; ++axis) {
-    const size_t in = shape.in[axis] = static_cast<size_t>(dims[axis + rank_ - 1]);
-    const size_t reach = (shape.kernel[axis] - 1) * shape.dilations[axis] + 1,
-                 stride = shape.strides[axis];
-    size_t begin = shape.pads[axis], end = end_pads_[axis];
-    if (auto_pad_ == "VALID") begin = end = 0;
-    if (auto_pad_[0] == 'S') {
-      const size_t covered = (ceil_div(in, stride) - (in ? 1 : 0)) * stride + reach;
-      const size_t total = covered > in ? covered - in : 0;
-      begin = auto_pad_ == "SAME_UPPER" ? total / 2 : total - total / 2;
-      end = total - begin;
-    }
-    if (in + begin + end < reach) {
-      throw Error(kInvalidArgument,
-                  "X has shape " + to_string(dims) + ", smaller than the kernel with its dilation");
-    }
-    shape.pads[axis] = begin;
-    shape.out[axis] = (in + begin + end - reach) / stride + 1;
-  }
-  if (shape.num_in() * shape.channels_in >= size_t{1} << 31) {
-    throw Error(kNotImplemented,
-                "X has shape " + to_string(dims) + ", a sample of more than 2^31 elements");
-  }
+  ConvShape shape = geometry_.shape_of(x.dims, axis == 1 ? 2 : 1, false);
+  shape.channels_in = base_.channels_in;
+  shape.channels_out = base_.channels_out;
+  shape.groups = base_.groups;
+  check_size(shape, x.dims);
   return shape;
 }
 
-void ConvOp::compute(KernelContext& context) const {
-  const Tensor x = float_input(context, 0, "X");
-  const ConvShape shape = shape_of(x.dims);
-  std::vector<int64_t> dims = {x.dims[0], static_cast<int64_t>(weight_.n)};
-  for (size_t axis = 3 - rank_; axis < 3; ++axis)
-    dims.push_back(static_cast<int64_t>(shape.out[axis]));
+const uint8_t* ConvOp::read_residual(const KernelContext& context,
+                                     const std::vector<int64_t>& dims) const {
+  if (context.num_inputs() <= 4) return nullptr;
+  const Tensor residual = context.input(4);
+  if (residual.data == nullptr) return nullptr;
+  if (residual_rounding_.scale == 0)
+    throw Error(kInvalidArgument, "attribute residual_format is missing");
+  if (residual.dims != dims) {
+    throw Error(kInvalidArgument,
+                "residual has shape " + to_string(residual.dims) + ", needs " + to_string(dims));
+  }
+  return residual.as<uint8_t>();
+}
+
+void ConvOp::run(KernelContext& context, bool to_bytes) const {
+  const Tensor x = context.input(0);
+  if (x.type != kFloat && x.type != kUint8)
+    throw Error(kInvalidArgument, "input X must be float32 or uint8");
+  const ConvShape shape = shape_of(x);
+  const size_t rank = geometry_.rank();
+  const auto dims = [&](bool bytes) { return dims_of(shape, rank, x.dims[0], weight_.n, bytes); };
   Conv op;
   op.kernels = &kernels();
   op.weight = &weight_;
@@ -125,8 +107,51 @@ void ConvOp::compute(KernelContext& context) const {
   op.bias = read_bias(context, 3, weight_.n);
   op.low = low_;
   op.high = high_;
-  float* y = context.output(0, dims);
-  conv(op, shape, x.as<float>(), static_cast<size_t>(x.dims[0]), y, context.parallel());
+  op.dst_rounding = dst_rounding_;
+  op.residual_rounding = residual_rounding_;
+  ConvSource src;
+  ConvTarget dst;
+  if (x.type == kUint8) {
+    if (rounding_.scale == 0)
+      throw Error(kInvalidArgument, "attribute activation_format is missing, which bytes need");
+    src.bytes = x.as<uint8_t>();
+  } else {
+    src.floats = x.as<float>();
+  }
+  dst.residual = read_residual(context, dims(true));
+  if ((src.bytes || dst.residual) && !conv_multiplies_integers(op, shape)) {
+    throw Error(kNotImplemented,
+                "this convolution runs on floats: bytes cannot be its input or residual");
+  }
+  if (to_bytes) {
+    dst.bytes = context.output<uint8_t>(0, dims(true));
+  } else {
+    dst.floats = context.output<float>(0, dims(false));
+  }
+  conv(op, shape, src, static_cast<size_t>(x.dims[0]), dst, context.parallel());
+}
+
+ConvU8Op::ConvU8Op(const KernelInfo& info) : ConvOp(info) {
+  dst_rounding_ = read_static_format(info, "output");
+  if (dst_rounding_.scale == 0) throw Error(kInvalidArgument, "attribute output_format is missing");
+}
+
+MaxPoolU8Op::MaxPoolU8Op(const KernelInfo& info)
+    : geometry_(info), ceil_(info.integer("ceil_mode", 0) != 0) {}
+
+void MaxPoolU8Op::compute(KernelContext& context) const {
+  const Tensor x = context.input(0);
+  const size_t rank = geometry_.rank();
+  if (x.dims.size() != rank + 2) {
+    throw Error(kInvalidArgument, "X has shape " + to_string(x.dims) + ", needs " +
+                                      std::to_string(rank + 2) + " axes");
+  }
+  ConvShape shape = geometry_.shape_of(x.dims, 1, ceil_);
+  shape.channels_in = static_cast<size_t>(x.dims.back());
+  check_size(shape, x.dims);
+  const std::vector<int64_t> dims = dims_of(shape, rank, x.dims[0], shape.channels_in, true);
+  max_pool(shape, x.as<uint8_t>(), static_cast<size_t>(x.dims[0]), context.output<uint8_t>(0, dims),
+           context.parallel());
 }
 
 }  // namespace afpq::ort

@@ -1,5 +1,6 @@
 // Turns a kernel class into an OrtCustomOp. A kernel class has
-//   static constexpr const char* kName; kNumInputs; kNumRequired; static int input_type(size_t);
+//   static constexpr const char* kName; kNumInputs; kNumRequired; kOutputType;
+//   static int input_type(size_t);
 //   explicit Kernel(const KernelInfo&);  void compute(KernelContext&);
 // Every exception becomes a status that names the op and the node.
 #pragma once
@@ -41,7 +42,7 @@ OrtCustomOp make_op() {
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   op.GetInputType = [](const OrtCustomOp*, size_t index) { return Kernel::input_type(index); };
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return Kernel::kNumInputs; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kFloat; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return Kernel::kOutputType; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int {
     return index < Kernel::kNumRequired ? kRequired : kOptional;

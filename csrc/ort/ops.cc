@@ -27,7 +27,7 @@ void MatMulOp::compute(KernelContext& context) const {
   op.bias = read_bias(context, 3, weight_.n);
   op.low = low_;
   op.high = high_;
-  float* y = context.output(0, dims);
+  float* y = context.output<float>(0, dims);
   matmul(op, x.as<float>(), x.size() / weight_.k, y, context.parallel());
 }
 
@@ -47,7 +47,7 @@ void GatherOp::compute(KernelContext& context) const {
   }
   std::vector<int64_t> dims = indices.dims;
   dims.push_back(static_cast<int64_t>(weight_.k));
-  float* y = context.output(0, dims);
+  float* y = context.output<float>(0, dims);
   int64_t bad = 0;
   if (!gather(weight_, wide.data(), wide.size(), y, context.parallel(), &bad)) {
     throw Error(kInvalidArgument, "index " + std::to_string(bad) + " is not in the range " +
@@ -70,7 +70,7 @@ UnpackOp::UnpackOp(const KernelInfo& info)
 }
 
 void UnpackOp::compute(KernelContext& context) const {
-  unpack(weight_, context.output(0, dims_), context.parallel());
+  unpack(weight_, context.output<float>(0, dims_), context.parallel());
 }
 
 }  // namespace afpq::ort

@@ -16,8 +16,9 @@ constexpr size_t kCreateCustomOpDomain = 26, kCustomOpDomainAdd = 27, kAddCustom
 
 void register_ops(const OrtApi* api, OrtSessionOptions* options) {
   // The runtime keeps pointers to the ops for as long as a session lives: they are never destroyed.
-  static const OrtCustomOp ops[] = {make_op<MatMulOp>(), make_op<ConvOp>(), make_op<GatherOp>(),
-                                    make_op<UnpackOp>()};
+  static const OrtCustomOp ops[] = {make_op<MatMulOp>(), make_op<ConvOp>(),
+                                    make_op<ConvU8Op>(), make_op<GatherOp>(),
+                                    make_op<UnpackOp>(), make_op<MaxPoolU8Op>()};
   static OrtCustomOpDomain* const domain = [api] {
     OrtCustomOpDomain* created = nullptr;
     check(api,

@@ -61,27 +61,36 @@ LhsRounding read_activations(const KernelInfo& info) {
   rounding.mode = mode == "a16"  ? Activations::kA16
                   : mode == "a8" ? Activations::kA8
                                  : Activations::kF32;
-  const std::string format = info.text("activation_format", "");
-  const float scale = info.real("activation_scale", 0.0f);
-  if (format.empty()) {
-    if (scale == 0) return rounding;
-    throw Error(kInvalidArgument, "attribute activation_scale needs activation_format");
-  }
+  const LhsRounding read = read_static_format(info, "activation");
+  if (read.scale == 0) return rounding;
   if (rounding.mode != Activations::kA8) {
     throw Error(kInvalidArgument,
                 "attribute activation_format needs activations 'a8', not '" + mode + "'");
   }
+  return read;
+}
+
+LhsRounding read_static_format(const KernelInfo& info, const std::string& name) {
+  LhsRounding rounding;
+  const std::string format_name = name + "_format", scale_name = name + "_scale";
+  const std::string format = info.text(format_name.c_str(), "");
+  const float scale = info.real(scale_name.c_str(), 0.0f);
+  if (format.empty()) {
+    if (scale == 0) return rounding;
+    throw Error(kInvalidArgument, "attribute " + scale_name + " needs " + format_name);
+  }
   if (!parse_format(format.c_str(), &rounding.format) || !fits_activations(rounding.format)) {
-    throw Error(kInvalidArgument, "attribute activation_format is '" + format +
+    throw Error(kInvalidArgument, "attribute " + format_name + " is '" + format +
                                       "', not a format with a mantissa whose integers fit a byte, "
                                       "such as ue2m5 or e0m7");
   }
   if (!is_short_scale(scale)) {
     std::ostringstream message;
-    message << "attribute activation_scale is " << scale
+    message << "attribute " << scale_name << " is " << scale
             << ", not a positive number of at most 8 significant bits";
     throw Error(kInvalidArgument, message.str());
   }
+  rounding.mode = Activations::kA8;
   rounding.scale = scale;
   return rounding;
 }

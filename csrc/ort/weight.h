@@ -16,6 +16,10 @@ size_t positive(const KernelInfo& info, const char* name);
 // Reads attributes activations, activation_format and activation_scale.
 LhsRounding read_activations(const KernelInfo& info);
 
+// Reads attributes NAME_format and NAME_scale, a static format; `name` has none (scale 0) where
+// both are missing.
+LhsRounding read_static_format(const KernelInfo& info, const std::string& name);
+
 // Reads attributes format, n, k and the two constant inputs: the packed bytes at `index`, the
 // scales at `index + 1`. Segments end at multiples of segment_multiple tiles. The bytes stay where
 // the runtime keeps them.

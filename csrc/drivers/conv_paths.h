@@ -1,0 +1,34 @@
+// The paths of convolutions, which `conv` chooses from, and what they share.
+#pragma once
+
+#include "drivers/conv.h"
+
+namespace afpq {
+
+// How a sample is rounded, by its range.
+RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
+                              const Parallel& parallel);
+
+// Channel planes [channels][count] to channel-last rows of elements.
+void quantize_planes(const AfpqKernels& kernels, const Products& products,
+                     const RowQuantizer& quantizer, const float* src, size_t count, size_t channels,
+                     uint8_t* const* rows, const Parallel& parallel);
+
+// Pixels as rows of elements: what no other path takes.
+void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
+               const ConvTarget& dst, const Parallel& parallel);
+
+// Whether a convolution is depthwise and runs on bytes.
+bool conv_fits_depthwise(const Conv& op, const ConvShape& shape);
+
+// The path of 1-D and 2-D convolutions whose sums are single dot products with pixels in the lanes,
+// and whether it takes this one.
+bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products);
+void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
+                 size_t batch, float* dst, const Parallel& parallel);
+
+// The planar path.
+void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
+                 const Parallel& parallel);
+
+}  // namespace afpq

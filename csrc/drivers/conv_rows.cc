@@ -1,0 +1,308 @@
+// The path of convolutions whose pixels are rows of elements: bytes that come as they are, or
+// floats that are rounded and turned channel-last, one sample at a time.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/scratch.h"
+#include "drivers/conv_paths.h"
+
+namespace afpq {
+namespace {
+
+constexpr size_t kTaskElements = size_t{1} << 15;
+
+// How taps find their rows.
+enum class Taps {
+  kDirect,   // 1x1, stride 1, no padding: pixel r is row r
+  kOffsets,  // taps are read in place
+  kPatches,  // taps of a pixel are copied into one row
+};
+
+Taps taps_of(const Conv& op, const ConvShape& shape) {
+  if (conv_fits_depthwise(op, shape)) return Taps::kOffsets;
+  if (shape.group_in() % kTileK != 0) return Taps::kPatches;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (shape.kernel[axis] != 1 || shape.strides[axis] != 1 || shape.in[axis] != shape.out[axis] ||
+        shape.pads[axis]) {
+      return Taps::kOffsets;
+    }
+  }
+  return Taps::kDirect;
+}
+
+// Positions of an axis under (output, tap) times `step`, or -1 in the padding.
+std::vector<int32_t> axis_offsets(const ConvShape& shape, int axis, size_t step) {
+  std::vector<int32_t> offsets;
+  offsets.reserve(shape.out[axis] * shape.kernel[axis]);
+  for (size_t out = 0; out < shape.out[axis]; ++out) {
+    for (size_t tap = 0; tap < shape.kernel[axis]; ++tap) {
+      const size_t at = out * shape.strides[axis] + tap * shape.dilations[axis];
+      const bool inside = at >= shape.pads[axis] && at - shape.pads[axis] < shape.in[axis];
+      offsets.push_back(inside ? static_cast<int32_t>((at - shape.pads[axis]) * step) : -1);
+    }
+  }
+  return offsets;
+}
+
+// Index of the input pixel under (output pixel, tap) times `scale`, or -1 in the padding:
+// offsets[num_out][num_taps].
+void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
+  const std::vector<int32_t> planes = axis_offsets(shape, 0, shape.in[1] * shape.in[2] * scale);
+  const std::vector<int32_t> rows = axis_offsets(shape, 1, shape.in[2] * scale);
+  const std::vector<int32_t> columns = axis_offsets(shape, 2, scale);
+  const size_t *kernel = shape.kernel, *out = shape.out;
+  for (size_t zy = 0; zy < out[0] * out[1]; ++zy) {
+    const int32_t *plane = &planes[zy / out[1] * kernel[0]], *row = &rows[zy % out[1] * kernel[1]];
+    for (const int32_t* column = columns.data(); column < columns.data() + columns.size();
+         column += kernel[2]) {
+      for (size_t kz = 0; kz < kernel[0]; ++kz) {
+        for (size_t ky = 0; ky < kernel[1]; ++ky) {
+          // One of the two is -1 only if the pixel is in the padding.
+          const int32_t begin = (plane[kz] | row[ky]) < 0 ? -1 : plane[kz] + row[ky];
+          for (size_t kx = 0; kx < kernel[2]; ++kx)
+            *offsets++ = (begin | column[kx]) < 0 ? -1 : begin + column[kx];
+        }
+      }
+    }
+  }
+}
+
+// Copies the taps of each output pixel into one row: rows[num_out][padded].
+template <typename T>
+void gather_patches(const ConvShape& shape, const T* pixels, const int32_t* offsets, T padding,
+                    size_t padded, const Parallel& parallel, T* rows) {
+  const size_t taps = shape.num_taps(), channels = shape.channels_in;
+  const size_t step = std::max<size_t>(1, kTaskElements / padded);
+  parallel_for(parallel, ceil_div(shape.num_out(), step), [&](size_t task) {
+    for (size_t r = task * step; r < std::min(shape.num_out(), (task + 1) * step); ++r) {
+      T* row = rows + r * padded;
+      for (size_t tap = 0; tap < taps; ++tap, row += channels) {
+        const int32_t offset = offsets[r * taps + tap];
+        if (offset < 0) {
+          std::fill(row, row + channels, padding);
+        } else {
+          std::copy(pixels + offset, pixels + offset + channels, row);
+        }
+      }
+      std::fill(row, rows + (r + 1) * padded, T{0});
+    }
+  });
+}
+
+// Rows of bytes to rows of words.
+void widen(const uint8_t* src, size_t count, const Parallel& parallel, int16_t* dst) {
+  parallel_for(parallel, ceil_div(count, kTaskElements), [&](size_t task) {
+    const size_t begin = task * kTaskElements, end = std::min(begin + kTaskElements, count);
+    for (size_t i = begin; i < end; ++i) dst[i] = src[i];
+  });
+}
+
+// Rows of `channels` bytes to rows of `stride`, of which the others are not read.
+void spread_rows(const uint8_t* src, size_t count, size_t channels, size_t stride, uint8_t* dst) {
+  for (size_t r = 0; r < count; ++r)
+    std::copy(src + r * channels, src + (r + 1) * channels, dst + r * stride);
+}
+
+// What the steps of a convolution have in common.
+struct Job {
+  const Conv& op;
+  const ConvShape& shape;
+  const Products products;
+  const Taps taps;
+  const bool depthwise;
+  const size_t patch;   // elements of a patch: k, in whole tiles
+  const size_t pixel;   // elements from pixel to pixel
+  const bool in_place;  // the source's bytes are the rows
+
+  Job(const Conv& conv, const ConvShape& conv_shape, bool has_bytes)
+      : op(conv),
+        shape(conv_shape),
+        products(conv_fits_depthwise(conv, conv_shape)
+                     ? Products{Elements::kBytes, 1, 1}
+                     : products_of(*conv.kernels, conv.rounding.mode, *conv.weight)),
+        taps(taps_of(conv, conv_shape)),
+        depthwise(conv_fits_depthwise(conv, conv_shape)),
+        patch(conv.weight->num_tiles * kTileK),
+        pixel(depthwise ? ceil_div(conv_shape.channels_in, size_t{kTileN}) * kTileN
+                        : conv_shape.channels_in),
+        in_place(has_bytes && products.elements == Elements::kBytes &&
+                 pixel == conv_shape.channels_in) {}
+
+  size_t num_elements() const { return shape.num_in() * shape.channels_in; }
+};
+
+// The buffers of one sample: planes of elements.
+struct Sample {
+  uint8_t* pixels[2] = {nullptr, nullptr};   // [num_in][pixel], unless they are the source's
+  uint8_t* tight = nullptr;                  // [num_in][channels] before they are spread
+  uint8_t* patches[2] = {nullptr, nullptr};  // [num_out][patch]
+  uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group], of depthwise: of a panel
+  int32_t* offsets = nullptr;
+  float* row_scales = nullptr;  // [num_out]
+  int32_t* zero_points = nullptr;
+};
+
+Sample allocate_sample(const Job& job) {
+  const ConvShape& shape = job.shape;
+  const size_t element = job.products.element_bytes(), planes = job.products.lhs_planes;
+  const bool spread = job.pixel != shape.channels_in;
+  const size_t pixels = job.in_place ? 0 : shape.num_in() * job.pixel * element;
+  const size_t tight = spread ? job.num_elements() : 0;
+  const size_t padding = job.depthwise ? size_t{kPanelN} : shape.group_in() * element;
+  const size_t patches = job.taps == Taps::kPatches ? shape.num_out() * job.patch * element : 0;
+  const size_t offsets = job.taps == Taps::kDirect ? 0 : shape.num_out() * shape.num_taps();
+  using S = Scratch;
+  Scratch& scratch = layer_scratch();
+  scratch.reset(
+      planes * (S::room<uint8_t>(pixels) + S::room<uint8_t>(patches) + S::room<uint8_t>(padding)) +
+      S::room<uint8_t>(tight) + S::room<int32_t>(offsets) + S::room<float>(shape.num_out()) +
+      S::room<int32_t>(shape.num_out()));
+  Sample sample;
+  for (size_t p = 0; p < planes; ++p) {
+    sample.pixels[p] = scratch.take<uint8_t>(pixels);
+    sample.patches[p] = scratch.take<uint8_t>(patches);
+    sample.padding[p] = scratch.take<uint8_t>(padding);
+  }
+  sample.tight = scratch.take<uint8_t>(tight);
+  sample.offsets = scratch.take<int32_t>(offsets);
+  sample.row_scales = scratch.take<float>(shape.num_out());
+  sample.zero_points = scratch.take<int32_t>(shape.num_out());
+  return sample;
+}
+
+// What taps in the padding read, and patches where there are some. T: uint8_t, int16_t or float.
+template <typename T>
+void fill_padding(const Job& job, int plane, T padding, const Sample& sample,
+                  const Parallel& parallel) {
+  T* row = reinterpret_cast<T*>(sample.padding[plane]);
+  std::fill(row, row + (job.depthwise ? size_t{kPanelN} : job.shape.group_in()), padding);
+  if (job.taps != Taps::kPatches) return;
+  gather_patches(job.shape, reinterpret_cast<const T*>(sample.pixels[plane]), sample.offsets,
+                 padding, job.patch, parallel, reinterpret_cast<T*>(sample.patches[plane]));
+}
+
+// The pixels of a sample that comes as floats. Returns how they were rounded.
+RowQuantizer round_pixels(const Job& job, const float* src, const Sample& sample,
+                          const Parallel& parallel) {
+  const RowQuantizer quantizer = sample_quantizer(job.op, job.shape, src, parallel);
+  const bool spread = job.pixel != job.shape.channels_in;
+  uint8_t* const tight[2] = {sample.tight, nullptr};
+  quantize_planes(*job.op.kernels, job.products, quantizer, src, job.shape.num_in(),
+                  job.shape.channels_in, spread ? tight : sample.pixels, parallel);
+  if (spread)
+    spread_rows(sample.tight, job.shape.num_in(), job.shape.channels_in, job.pixel,
+                sample.pixels[0]);
+  return quantizer;
+}
+
+// The pixels of a sample that comes as bytes.
+void take_pixels(const Job& job, const uint8_t* src, Sample* sample, const Parallel& parallel) {
+  if (job.in_place) {
+    sample->pixels[0] = const_cast<uint8_t*>(src);
+  } else if (job.depthwise) {
+    spread_rows(src, job.shape.num_in(), job.shape.channels_in, job.pixel, sample->pixels[0]);
+  } else {
+    widen(src, job.num_elements(), parallel, reinterpret_cast<int16_t*>(sample->pixels[0]));
+  }
+}
+
+void fill_rows(const Job& job, const ConvSource& src, size_t index, Sample* sample,
+               const Parallel& parallel) {
+  const size_t count = job.shape.num_out(), begin = index * job.num_elements();
+  if (job.products.elements == Elements::kFloats) {
+    job.op.kernels->transpose_f32(src.floats + begin, job.shape.num_in(), job.shape.channels_in,
+                                  job.shape.num_in(), reinterpret_cast<float*>(sample->pixels[0]));
+    std::fill(sample->row_scales, sample->row_scales + count, 1.0f);
+    return fill_padding(job, 0, 0.0f, *sample, parallel);
+  }
+  RowQuantizer quantizer;
+  if (src.bytes) {
+    quantizer = static_quantizer(job.op.rounding);
+    take_pixels(job, src.bytes + begin, sample, parallel);
+  } else {
+    quantizer = round_pixels(job, src.floats + begin, *sample, parallel);
+  }
+  const int32_t zero = quantizer.zero_element(job.products.elements);
+  std::fill(sample->row_scales, sample->row_scales + count, quantizer.scale);
+  std::fill(sample->zero_points, sample->zero_points + count, zero);
+  if (job.products.elements == Elements::kWords)
+    return fill_padding(job, 0, static_cast<int16_t>(zero), *sample, parallel);
+  for (int p = 0; p < job.products.lhs_planes; ++p) {
+    const bool high = p == 0 && job.products.lhs_planes == 2;
+    fill_padding(job, p, static_cast<uint8_t>(high ? zero >> 8 : zero & 255), *sample, parallel);
+  }
+}
+
+LhsRows rows_of_group(const Job& job, size_t group, const Sample& sample) {
+  LhsRows rows;
+  const bool patches = job.taps == Taps::kPatches;
+  const size_t begin = group * job.shape.group_in() * job.products.element_bytes();
+  for (int p = 0; p < job.products.lhs_planes; ++p) {
+    rows.planes[p] = patches ? sample.patches[p] : sample.pixels[p] + begin;
+    rows.padding[p] = sample.padding[p];
+  }
+  rows.stride = patches ? job.patch : job.pixel;
+  if (job.taps == Taps::kOffsets) {
+    rows.offsets = sample.offsets;
+    rows.num_taps = job.shape.num_taps();
+  }
+  return rows;
+}
+
+// The product of one group of one sample, from its first output channel on.
+GemmJob gemm_job(const Job& job, const ConvTarget& dst, size_t index, size_t group,
+                 const Sample& sample) {
+  const ConvShape& shape = job.shape;
+  const size_t channels = job.depthwise ? shape.channels_out : shape.group_out();
+  const size_t channel = group * channels;
+  const size_t begin = index * shape.channels_out * shape.num_out();
+  GemmJob result;
+  result.kernels = job.op.kernels;
+  result.weight = job.op.weight;
+  result.products = job.products;
+  result.lhs = rows_of_group(job, group, sample);
+  result.row_scales = sample.row_scales;
+  result.zero_points = sample.zero_points;
+  result.bias = job.op.bias;
+  result.low = job.op.low;
+  result.high = job.op.high;
+  result.byte_rows.stride = shape.channels_out;
+  if (dst.residual) {
+    const RowQuantizer residual = static_quantizer(job.op.residual_rounding);
+    result.residual = {dst.residual + begin + channel, residual.quantize.zero_point,
+                       residual.scale};
+  }
+  if (dst.bytes) {
+    result.byte_rows.bytes = dst.bytes + begin + channel;
+    result.byte_rows.quantize = static_quantizer(job.op.dst_rounding).quantize;
+  } else {
+    result.dst = dst.floats + begin + channel * shape.num_out();
+    result.row_stride = 1;
+    result.channel_stride = shape.num_out();
+  }
+  result.m = shape.num_out();
+  result.first_block = channel / kTileN;
+  result.n = channels;
+  return result;
+}
+
+}  // namespace
+
+void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
+               const ConvTarget& dst, const Parallel& parallel) {
+  const Job job(op, shape, src.bytes != nullptr);
+  Sample sample = allocate_sample(job);
+  if (job.taps != Taps::kDirect) tap_offsets(shape, job.pixel, sample.offsets);
+  for (size_t i = 0; i < batch; ++i) {
+    fill_rows(job, src, i, &sample, parallel);
+    if (job.depthwise) {
+      depthwise(gemm_job(job, dst, i, 0, sample), parallel);
+      continue;
+    }
+    for (size_t group = 0; group < shape.groups; ++group)
+      gemm(gemm_job(job, dst, i, group, sample), parallel);
+  }
+}
+
+}  // namespace afpq

@@ -1,0 +1,122 @@
+#include "drivers/panel.h"
+
+#include <algorithm>
+
+namespace afpq {
+namespace {
+
+constexpr float kNoBias[kPanelN] = {};
+
+AfpqStore store_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                   const float* src) {
+  AfpqStore store = {};
+  store.src = src;
+  store.row_scales = job.row_scales + first;
+  store.bias = job.bias ? job.bias + panel.first_block * kTileN : kNoBias;
+  store.dst = job.dst + first * job.row_stride + panel.dst_channel * job.channel_stride;
+  store.num_rows = count;
+  store.num_channels = panel.num_channels;
+  store.row_stride = job.row_stride;
+  store.channel_stride = job.channel_stride;
+  store.low = job.low;
+  store.high = job.high;
+  return store;
+}
+
+// To bytes, or with a residual in place.
+AfpqStoreBytes store_bytes_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                              float* scaled) {
+  const size_t at = first * job.byte_rows.stride + panel.dst_channel;
+  AfpqStoreBytes store = {};
+  store.src = scaled;
+  store.row_scales = job.row_scales + first;
+  store.bias = job.bias ? job.bias + panel.first_block * kTileN : kNoBias;
+  store.residual = job.residual.bytes ? job.residual.bytes + at : nullptr;
+  store.residual_zero = job.residual.zero;
+  store.residual_scale = job.residual.scale;
+  store.quantize = &job.byte_rows.quantize;
+  if (job.byte_rows.bytes) {
+    store.dst = job.byte_rows.bytes + at;
+  } else {
+    store.floats = scaled;
+  }
+  store.num_rows = count;
+  store.num_channels = panel.num_channels;
+  store.stride = job.byte_rows.stride;
+  store.low = job.low;
+  store.high = job.high;
+  return store;
+}
+
+AfpqCombine combine_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                       size_t segment, const int32_t* const* sums) {
+  const PackedWeight& weight = *job.weight;
+  const size_t sums_at = (segment * weight.num_blocks + panel.first_block) * kTileN;
+  const bool joined = weight.format.num_planes() > job.products.rhs_planes;
+  AfpqCombine combine = {};
+  for (int q = 0; q < job.products.rhs_planes; ++q) {
+    combine.sums[q] = sums[q];
+    combine.column_sums[q] = (joined ? weight.joined_sums : weight.column_sums[q]).data() + sums_at;
+  }
+  combine.zero_points = job.zero_points + first;
+  combine.scales = scales_of(job, panel, segment);
+  combine.num_rows = count;
+  combine.num_channels = panel.num_channels;
+  combine.lhs_planes = job.products.lhs_planes;
+  combine.rhs_planes = job.products.rhs_planes;
+  combine.accumulate = segment > 0;
+  return combine;
+}
+
+}  // namespace
+
+Panel panel_of(const GemmJob& job, size_t index) {
+  const size_t channel = index * kPanelN;
+  const size_t channels = std::min<size_t>(kPanelN, job.n - channel);
+  return {job.first_block + index * kPanelBlocks, ceil_div(channels, kTileN), channels, channel};
+}
+
+const float* scales_of(const GemmJob& job, const Panel& panel, size_t segment) {
+  const PackedWeight& weight = *job.weight;
+  return weight.scales.data() +
+         (weight.segments[segment].group * weight.num_blocks + panel.first_block) * kTileN;
+}
+
+void combine_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                  size_t segment, const int32_t* const* sums, float* scaled) {
+  AfpqCombine combine = combine_of(job, panel, first, count, segment, sums);
+  combine.dst = scaled;
+  job.kernels->combine_f32_s32(&combine);
+}
+
+bool finishes_at_once(const GemmJob& job) {
+  return job.byte_rows.bytes && job.products.elements != Elements::kFloats &&
+         job.products.lhs_planes == 1 && job.weight->segments.size() == 1;
+}
+
+void finish_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                 const int32_t* const* sums) {
+  const AfpqFinish finish = {combine_of(job, panel, first, count, 0, sums),
+                             store_bytes_of(job, panel, first, count, nullptr)};
+  job.kernels->finish_u8_s32(&finish);
+}
+
+void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count, float* scaled) {
+  if (!job.byte_rows.bytes && !job.residual.bytes) {
+    const AfpqStore store = store_of(job, panel, first, count, scaled);
+    return job.kernels->store_f32(&store);
+  }
+  const AfpqStoreBytes bytes = store_bytes_of(job, panel, first, count, scaled);
+  job.kernels->store_u8_f32(&bytes);
+  if (job.byte_rows.bytes) return;
+  // Finished rows go to their places: times 1, plus nothing.
+  static constexpr float kOnes[kBlockRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                              1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                              1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  AfpqStore store = store_of(job, panel, first, count, scaled);
+  store.row_scales = kOnes;
+  store.bias = kNoBias;
+  job.kernels->store_f32(&store);
+}
+
+}  // namespace afpq

@@ -1,0 +1,40 @@
+// What the loop nests of gemm.cc and depthwise.cc share: panels of 64 channels, and what becomes of
+// sums.
+#pragma once
+
+#include "drivers/gemm.h"
+
+namespace afpq {
+
+// Rows whose sums and floats stay in L1 (a multiple of 16 and of 6).
+constexpr size_t kBlockRows = 48;
+
+// The part of a job that one task works on.
+struct Panel {
+  size_t first_block;   // of the weight
+  size_t num_blocks;    // 1..kPanelBlocks
+  size_t num_channels;  // 1..kPanelN
+  size_t dst_channel;   // of the job
+};
+
+Panel panel_of(const GemmJob& job, size_t index);
+
+// The scales of a segment for the panel's channels.
+const float* scales_of(const GemmJob& job, const Panel& panel, size_t segment);
+
+// Integer sums of one segment, [count * lhs planes][kPanelN] for each plane of the weight, become
+// floats, [count][kPanelN]; those of later segments are added.
+void combine_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                  size_t segment, const int32_t* const* sums, float* scaled);
+
+// Whether sums can be finished at once: one segment, to bytes.
+bool finishes_at_once(const GemmJob& job);
+
+// Does it: combine_rows and store_rows.
+void finish_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+                 const int32_t* const* sums);
+
+// Finishes rows [first, first + count) and writes them where the job says; `scaled` may be changed.
+void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count, float* scaled);
+
+}  // namespace afpq

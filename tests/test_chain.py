@@ -1,0 +1,219 @@
+"""Which tensors convolutions pass to each other as bytes, and that this changes nothing but their form."""
+
+from pathlib import Path
+from typing import Any
+
+import graphs
+import numpy as np
+import onnx
+import pytest
+
+import afpq
+from afpq.evaluate import compare
+from afpq.export import export
+from afpq.verify import verify
+
+CHANNELS = 8
+
+
+def conv(x: str, y: str, channels: int = CHANNELS, **fields: Any) -> tuple[Any, dict[str, Any]]:
+    """A 3x3 convolution that keeps the extents: its node and its weight."""
+    groups = fields.get("group", 1)
+    weight = graphs.constant(CHANNELS, channels // groups, 3, 3, seed=len(y) * 7 + ord(y[-1]))
+    fields = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], **fields}
+    weight *= np.float32(0.7 / np.sqrt(weight[0].size))
+    return graphs.node("Conv", f"{x} {y}_w", y, **fields), {f"{y}_w": weight}
+
+
+def network(*parts: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Nodes and weights of a network from convolutions and other nodes."""
+    nodes, constants = [], {}
+    for part in parts:
+        node, weights = part if isinstance(part, tuple) else (part, {})
+        nodes.append(node)
+        constants |= weights
+    return nodes, constants
+
+
+class Built:
+    """A network with and without bytes between its convolutions."""
+
+    def __init__(self, folder: Path, nodes: Any, constants: Any, outputs: Any = ("y",)) -> None:
+        shape = ["N", CHANNELS, 12, 10]
+        model = graphs.build(nodes, {"x": shape}, constants, outputs)
+        self.source = graphs.write(folder, model)
+        self.data = np.random.default_rng(0).standard_normal((24, *shape[1:])).astype(np.float32)
+        options = dict(data={"x": self.data}, bits=6, activations="a8")
+        self.chained = folder / "chained.onnx"
+        self.model = afpq.quantize(self.source, **options)
+        self.model.save(self.chained)
+        self.plain = folder / "plain.onnx"
+        afpq.quantize(self.source, **options, chain=False).save(self.plain)
+        self.nodes = list(onnx.load(self.chained).graph.node)
+
+    def ops(self) -> list[str]:
+        return [node.op_type for node in self.nodes]
+
+    def run(self, path: Path, name: str = "y") -> Any:
+        return afpq.load(path).session().run([name], {"x": self.data})[0]
+
+    def assert_same(self) -> None:
+        np.testing.assert_array_equal(self.run(self.chained), self.run(self.plain))
+
+
+def relu(x: str, y: str) -> Any:
+    return graphs.node("Relu", x, y)
+
+
+def test_convolutions_in_a_row_pass_bytes(tmp_path: Path) -> None:
+    clip = graphs.node("Clip", "b zero six", "b6")
+    bounds = {"zero": np.float32(0), "six": np.float32(1.25)}
+    nodes, constants = network(
+        conv("x", "a"),
+        relu("a", "a0"),
+        conv("a0", "b"),
+        (clip, bounds),
+        conv("b6", "y", strides=[2, 2]),
+    )
+    built = Built(tmp_path, nodes, constants)
+
+    assert built.ops() == ["ConvU8", "ConvU8", "Conv"]
+    built.assert_same()
+
+
+def test_max_pools_and_concats_pass_them_on(tmp_path: Path) -> None:
+    pool = graphs.node("MaxPool", "a0", "p", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
+    concat = graphs.node("Concat", "c0 d0", "e", axis=1)
+    nodes, constants = network(
+        conv("x", "a"), relu("a", "a0"), pool, conv("p", "c"), relu("c", "c0"),
+        conv("p", "d"), relu("d", "d0"), concat, conv("e", "y", 2 * CHANNELS),
+    )  # fmt: skip
+    built = Built(tmp_path, nodes, constants)
+
+    assert built.ops() == ["ConvU8", "MaxPoolU8", "ConvU8", "ConvU8", "Concat", "Conv"]
+    assert {a.name: a.i for a in built.nodes[4].attribute} == {"axis": -1}
+    built.assert_same()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_residuals_become_part_of_the_later_convolution(tmp_path: Path, swapped: bool) -> None:
+    order = "d b0" if swapped else "b0 d"
+    nodes, constants = network(
+        conv("x", "b"), relu("b", "b0"), conv("b0", "c"), relu("c", "c0"), conv("c0", "d"),
+        graphs.node("Add", order, "s"), relu("s", "s0"), conv("s0", "y"),
+    )  # fmt: skip
+    built = Built(tmp_path, nodes, constants)
+
+    assert built.ops() == ["ConvU8", "ConvU8", "ConvU8", "Conv"]
+    last = built.nodes[2]
+    assert list(last.input)[4] == "b0" and list(last.output) == ["s0"]
+    assert compare(built.plain, built.chained, {"x": built.data}).outputs[0].sqnr_db > 30
+
+
+def test_two_convolutions_that_meet_share_a_residual(tmp_path: Path) -> None:
+    """The shortcut of a block with a stride, which only an Add reads, gets a format of its own."""
+    nodes, constants = network(
+        conv("x", "b"), relu("b", "b0"), conv("b0", "c", strides=[2, 2]),
+        conv("b0", "d", strides=[2, 2]), relu("d", "d0"), conv("d0", "e"),
+        graphs.node("Add", "e c", "s"), relu("s", "s0"), conv("s0", "y"),
+    )  # fmt: skip
+    built = Built(tmp_path, nodes, constants)
+
+    assert built.ops() == ["ConvU8"] * 4 + ["Conv"]
+    assert list(built.nodes[3].input)[4] == "c"
+    assert compare(built.plain, built.chained, {"x": built.data}).outputs[0].sqnr_db > 30
+
+
+def test_depthwise_convolutions_read_and_write_bytes(tmp_path: Path) -> None:
+    nodes, constants = network(
+        conv("x", "a"),
+        relu("a", "a0"),
+        conv("a0", "b", group=CHANNELS),
+        relu("b", "b0"),
+        conv("b0", "y"),
+    )
+    built = Built(tmp_path, nodes, constants)
+
+    assert built.ops() == ["ConvU8", "ConvU8", "Conv"]
+    built.assert_same()
+    assert {layer.kernel for layer in afpq.packed.read_packed(built.chained).layers} <= {
+        "byte",
+        "pair",
+    }
+
+
+def test_what_others_read_stays_float(tmp_path: Path) -> None:
+    """A float operator, the network's own output, an Add of two tensors that no convolution made alone."""
+    nodes, constants = network(
+        conv("x", "a"), relu("a", "a0"), graphs.node("Sigmoid", "a0", "g"), conv("a0", "b"), relu("b", "b0"),
+        conv("b0", "c"), relu("c", "c0"), graphs.node("Add", "c0 g", "s"), conv("s", "y"),
+    )  # fmt: skip
+    built = Built(tmp_path, nodes, constants, outputs=("y", "c0"))
+
+    assert built.ops() == ["Conv", "Sigmoid", "ConvU8", "Conv", "Add", "Conv"]
+    built.assert_same()
+
+
+def test_a_broadcast_is_no_residual(tmp_path: Path) -> None:
+    pool = graphs.node("GlobalMaxPool", "b0", "p")
+    nodes, constants = network(
+        conv("x", "b"), relu("b", "b0"), pool, conv("p", "c"), conv("b0", "d"),
+        graphs.node("Add", "d c", "s"), conv("s", "y"),
+    )  # fmt: skip
+    built = Built(tmp_path, nodes, constants)
+
+    assert "Add" in built.ops()
+    built.assert_same()
+
+
+def test_without_calibration_data_nothing_is_passed(tmp_path: Path) -> None:
+    nodes, constants = network(conv("x", "a"), relu("a", "a0"), conv("a0", "y"))
+    model = graphs.build(nodes, {"x": ["N", CHANNELS, 12, 10]}, constants)
+    afpq.quantize(graphs.write(tmp_path, model), activations="a8").save(tmp_path / "q.onnx")
+
+    assert [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node] == ["Conv", "Conv"]
+
+
+def residual_network() -> tuple[list[Any], dict[str, Any]]:
+    pool = graphs.node("MaxPool", "b0", "p", kernel_shape=[2, 2], strides=[2, 2])
+    return network(
+        conv("x", "b"), relu("b", "b0"), pool, conv("p", "c"), relu("c", "c0"), conv("c0", "d"),
+        graphs.node("Add", "d p", "s"), relu("s", "s0"), graphs.node("Concat", "s0 t0", "u", axis=1),
+        conv("u", "y", 2 * CHANNELS),
+    )  # fmt: skip
+
+
+def test_tools_understand_chained_files(tmp_path: Path) -> None:
+    nodes, constants = residual_network()
+    more, weights = conv("c0", "t")
+    nodes[8:8] = [more, relu("t", "t0")]
+    built = Built(tmp_path, nodes, constants | weights)
+    assert built.ops().count("ConvU8") == 4 and "MaxPoolU8" in built.ops()
+
+    assert all(finding.passed for finding in verify(built.chained))
+    by_layer = compare(built.source, built.chained, {"x": built.data}, layers=True).layers
+    assert len(by_layer) == 5 and min(layer.sqnr_db for layer in by_layer) > 10
+    exported = tmp_path / "float.onnx"
+    export(built.chained, to="float").save(exported)
+    assert {n.op_type for n in onnx.load(exported).graph.node} == {
+        "Conv",
+        "Relu",
+        "Add",
+        "MaxPool",
+        "Concat",
+    }
+    assert compare(built.source, exported, {"x": built.data}).outputs[0].sqnr_db > 15
+
+
+def test_a_plan_can_name_tensors_that_are_only_added(tmp_path: Path) -> None:
+    nodes, constants = network(
+        conv("x", "b"), relu("b", "b0"), conv("b0", "c"), conv("b0", "d"),
+        graphs.node("Add", "d c", "s"), conv("s", "y"),
+    )  # fmt: skip
+    built = Built(tmp_path, nodes, constants)
+    plan = built.model.plan
+    assert plan.activations is not None
+    assert {entry.tensor for entry in plan.activations} == {"x", "b0", "c", "s"}
+    again = afpq.quantize(built.source, plan, data={"x": built.data}, activations="a8")
+    again.save(tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == built.chained.read_bytes()
