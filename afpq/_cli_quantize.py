@@ -144,7 +144,11 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     help="Which samples are held out to prove corrections; 0 spreads them evenly.",
 )
 @threads_option
-@click.option("--dry-run", is_flag=True, help="Show the plan with its exact bytes; write no model.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what the budget leads to, in exact bytes per layer, without measuring or writing anything.",
+)
 @click.option(
     "--report",
     type=_FILE,
@@ -234,7 +238,11 @@ def _quantize(model: Path, options: _Options) -> int:
     _say_defaults(job, options)
     result: QuantizedModel | None = None
     with StageProgress() as progress, _going_on(job.journal):
-        if job.max_drop is None:
+        if options.dry_run:
+            # Nothing is measured: what the budget leads to is known before the work starts.
+            unmeasured = replace(job, fit=None, held_out=None, samples=None)
+            found, stats = find_plan(unmeasured, progress=progress)
+        elif job.max_drop is None:
             found, stats = find_plan(job, progress=progress)
         else:
             result = reach_goal(job, progress=progress)
@@ -243,7 +251,7 @@ def _quantize(model: Path, options: _Options) -> int:
         if options.save_plan is not None:
             write_text(options.save_plan, found.to_json())
         if options.dry_run:
-            return print_dry_run(job, found, result, as_json=options.as_json)
+            return print_dry_run(job, found, as_json=options.as_json)
         if result is None:
             result = build(job, found, stats, progress=progress)
             # Equalisation may choose other formats for what layers read.
@@ -306,6 +314,8 @@ def _check_usage(model: Path, options: _Options) -> None:
         raise click.UsageError("--preprocess and --samples need --calib")
     if options.dry_run and options.resume:
         raise click.UsageError("--dry-run keeps no journal to --resume from")
+    if options.dry_run and options.max_drop is not None:
+        raise click.UsageError("--dry-run measures nothing, and --max-drop finds its size by that")
     if options.dry_run and options.report is not None:
         raise click.UsageError("--report needs a written model, --dry-run writes none")
     if options.report is not None:

@@ -15,10 +15,8 @@ __all__ = ["print_dry_run", "print_result"]
 _GOAL_MISSED = 3
 
 
-def print_dry_run(
-    job: "Job", plan: "Plan", result: "QuantizedModel | None", *, as_json: bool
-) -> int:
-    """What would be written; returns the exit code."""
+def print_dry_run(job: "Job", plan: "Plan", *, as_json: bool) -> int:
+    """What a plan leads to; returns the exit code."""
     from afpq.packed import file_bytes
     from afpq.quantize import file_size
 
@@ -31,15 +29,18 @@ def print_dry_run(
                 "source_bytes": before,
                 "output_bytes": size,
                 "plan": json.loads(plan.to_json()),
-                "goal": None if result is None else result.facts.goal,
             }
         )
     else:
         _print_plan(plan)
-        _print_goal(result)
-        print_line("dry run: nothing written")
+        if job.plan is None and job.fit is not None:
+            print_line(
+                "formats by the error of the weights alone: measuring on --calib will move bits between layers, in the "
+                "same budget"
+            )
+        print_line("dry run: nothing measured, nothing written")
         print_line(f"{job.model.path}: {format_change(before, size)}")
-    return _goal(job, size, result)
+    return _goal(job, size, None)
 
 
 def _print_plan(plan: "Plan") -> None:

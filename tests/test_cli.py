@@ -105,6 +105,28 @@ def test_dry_run_writes_nothing_and_is_exact(
     assert planned.split(": ")[1] == written.split(": ")[1]
 
 
+def test_dry_run_measures_nothing(
+    lenet: Path,
+    calibration: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def calibrate(*_: object, **__: object) -> None:
+        raise AssertionError("samples were run")
+
+    monkeypatch.setattr(sys.modules["afpq.quantize"], "calibrate", calibrate)
+    assert run("quantize", lenet, "--dry-run", "--bits", 4, "--calib", calibration) == 0
+
+    text = capsys.readouterr().out
+    assert "measuring on --calib will move bits" in text
+    assert text.splitlines()[-2] == "dry run: nothing measured, nothing written"
+
+
+def test_dry_run_still_checks_its_inputs(lenet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", lenet, "--dry-run", "--calib", "absent.npz") == 1
+    assert "absent.npz does not exist" in capsys.readouterr().err
+
+
 def test_dry_run_as_json(lenet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quantize", lenet, "--dry-run", "--json") == 0
 
@@ -154,7 +176,7 @@ def test_a_drop_is_kept_and_stated_with_its_uncertainty(
     assert "goal: at most 5 %; " in text.out and "points of top-1 lost (95%: " in text.out
     assert "16 held-out rows cannot exclude a larger drop" in text.err
     assert "## Goal" in report.read_text()
-    assert run("quantize", lenet, "--dry-run", "--json", *options) == 0
+    assert run("quantize", lenet, "-o", out, "--force", "--json", *options) == 0
     assert json.loads(capsys.readouterr().out)["goal"]["met"] is True
 
 

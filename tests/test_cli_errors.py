@@ -114,6 +114,7 @@ def test_a_glob_that_matches_nothing(
         (("--plan", "none.json"), 1, "none.json"),
         (("--plan", "p.json", "--bits", "4"), 2, "--plan already decides"),
         (("--dry-run", "--report", "r.md"), 2, "--dry-run writes none"),
+        (("--dry-run", "--max-drop", "1", "--calib", "c.npz"), 2, "--dry-run measures nothing"),
         (("--activations", "a4"), 2, "a4"),
         (("--max-drop", "1"), 2, "--max-drop needs --calib"),
         (("--max-drop", "1", "--bits", "4"), 2, "--bits and --max-drop exclude each other"),
