@@ -23,6 +23,10 @@ def diff(first: Path, second: Path, *, as_json: bool) -> None:
     """Formats and sizes of two packed models, layer by layer, and how far apart their weights are.
 
     The last column is the energy of A's weights over that of the difference, in dB.
+
+    \b
+    Examples:
+      afpq diff a.onnx b.onnx
     """
     from afpq.packed import read_packed
 

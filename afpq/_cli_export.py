@@ -47,6 +47,11 @@ def export(model: Path, *, to: str, output: Path, inexact: str, force: bool, as_
 
     Every afpq operator becomes standard ONNX; names, shared weights and the rest of the graph stay. Rounding of
     activations is not part of an export.
+
+    \b
+    Examples:
+      afpq export small.onnx --to float -o float.onnx
+      afpq export small.onnx --to qdq --inexact nearest -o qdq.onnx
     """
     if inexact != "error" and to != "qdq":
         raise click.UsageError(f"--inexact is for --to qdq: {to} holds every weight exactly")

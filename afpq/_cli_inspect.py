@@ -1,6 +1,7 @@
 """The command `inspect`: layers of a model, float or packed, with a histogram of each layer's weights."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from afpq._cli_output import format_bytes, json_option, print_json, print_line, print_table
+from afpq._tree import tree_lines
 
 __all__ = ["inspect"]
 
@@ -19,14 +21,26 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 @click.command(short_help="Layers, names for globs, sizes, formats.")
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--tree", "as_tree", is_flag=True, help="Layers by the parts of their names, with sums."
+)
 @json_option
-def inspect(model: Path, *, as_json: bool) -> None:
-    """Layers of a model, float or packed: names to use in globs, sizes, formats."""
+def inspect(model: Path, *, as_tree: bool, as_json: bool) -> None:
+    """Layers of a model, float or packed: names to use in globs, sizes, formats.
+
+    \b
+    Examples:
+      afpq inspect model.onnx
+      afpq inspect packed.onnx --tree
+      afpq inspect packed.onnx --json | jq '.layers[].format'
+    """
     from afpq.packed import is_packed, read_ir
 
     result = _inspect_packed(model) if is_packed(read_ir(model)) else _inspect_float(model)
     if as_json:
         print_json(result)
+    elif as_tree:
+        _print_tree(result)
     elif result["packed"]:
         _print_packed(result)
     else:
@@ -150,6 +164,28 @@ def _print_packed(result: dict[str, Any]) -> None:
     if rest:
         print_line(f"{len(result['float_tensors'])} float constants stay: {rest:,} bytes")
     print_line(f"{result['path']}: {format_bytes(result['file_bytes'])}")
+
+
+def _print_tree(result: dict[str, Any]) -> None:
+    def describe(entry: Mapping[str, Any]) -> str:
+        if result["packed"]:
+            bits = f"{entry['bits_per_weight']:.2f} bits"
+            return f"{entry['op']}, {entry['num_weights']:,} weights, {bits}: {entry['format']}"
+        return f"{entry['op']} {entry['n']} x {entry['k']}"
+
+    def total(entries: list[Mapping[str, Any]]) -> str:
+        own = [e for e in entries if not e["shared_with"]]
+        weights = sum(e["num_weights"] for e in own)
+        if not result["packed"] or not weights:
+            return f"{len(entries)} layers, {weights:,} weights"
+        bits = 8 * sum(e["bytes"] for e in own) / weights
+        return f"{len(entries)} layers, {weights:,} weights, {bits:.2f} bits"
+
+    lines = list(tree_lines(result["layers"], describe, total))
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, text in lines:
+        print_line(f"{name:{width}}  {text}")
+    print_line(f"{'':{width}}  {total(result['layers'])}")
 
 
 def _signature(info: Any) -> dict[str, Any]:

@@ -27,7 +27,12 @@ _FIT = {
 @click.command(short_help="The number formats and how each is executed.")
 @json_option
 def formats(*, as_json: bool) -> None:
-    """Every number format: its values and how it is executed."""
+    """Every number format: its values and how it is executed.
+
+    \b
+    Examples:
+      afpq formats
+    """
     from afpq.formats import all_formats, codebook
 
     rows: list[dict[str, Any]] = [
@@ -73,7 +78,12 @@ def formats(*, as_json: bool) -> None:
 @threads_option
 @json_option
 def verify(model: Path, *, threads: int, as_json: bool) -> int:
-    """Check a packed model: checksums, codes, and that the runtime computes what the format says."""
+    """Check a packed model: checksums, codes, and that the runtime computes what the format says.
+
+    \b
+    Examples:
+      afpq verify small.onnx
+    """
     from afpq.verify import verify as run
 
     with StageProgress() as progress:
@@ -91,13 +101,21 @@ def verify(model: Path, *, threads: int, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-@click.command(short_help="What works on this machine.")
+@click.command(short_help="What works on this machine, and how fast.")
+@click.option("--measure", is_flag=True, help="Also measure peaks: memory, float32, packed layers.")
 @json_option
-def doctor(*, as_json: bool) -> int:
-    """What of afpq works on this machine: versions, instruction sets, the custom-op library."""
-    from afpq.doctor import doctor as run
+def doctor(*, measure: bool, as_json: bool) -> int:
+    """What of afpq works on this machine: versions, instruction sets, the custom-op library, every kernel.
 
-    checks = run()
+    \b
+    Examples:
+      afpq doctor
+      AFPQ_ISA=avx2 afpq doctor --measure
+    """
+    from afpq.doctor import doctor as run
+    from afpq.doctor import measure as peaks
+
+    checks = [*run(), *(peaks() if measure else [])]
     failed = any(not check.passed for check in checks)
     if as_json:
         print_json({"passed": not failed, "checks": [asdict(check) for check in checks]})

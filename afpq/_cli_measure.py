@@ -78,6 +78,11 @@ def compare(
 
     SRC is an .npz, a folder of images (with --preprocess) or of .npy files, or module:function. With --simulate the
     second model is made in memory: weights as by `afpq quantize`, and every input of a layer rounded.
+
+    \b
+    Examples:
+      afpq compare model.onnx small.onnx --data test.npz --layers
+      afpq compare model.onnx --data test.npz --simulate w5a5
     """
     _check_second(quantized, simulation, calib, layers)
     from afpq.evaluate import compare as run
@@ -178,7 +183,13 @@ def bench(
     threads: int,
     as_json: bool,
 ) -> None:
-    """Speed of two models on this machine, interleaved: median, spread, ratio."""
+    """Speed of two models on this machine, interleaved: median, spread, ratio.
+
+    \b
+    Examples:
+      afpq bench model.onnx small.onnx --threads 1
+      afpq bench model.onnx small.onnx --batch 8 --seconds 20
+    """
     from afpq.bench import bench as run
 
     feeds = None

@@ -168,6 +168,14 @@ def quantize(model: Path, **options: Any) -> int:
 
     Names for globs are shown by `afpq inspect MODEL`. With --calib, formats are chosen by measured sensitivity and
     rounding is compensated; without it, by weight error alone.
+
+    \b
+    Examples:
+      afpq quantize model.onnx -o small.onnx --bits 5 --calib samples.npz
+      afpq quantize model.onnx -o small.onnx --size 2MB --calib photos \\
+          --preprocess imagenet-torchvision --activations a8 --report r.html
+      afpq quantize model.onnx -o small.onnx --max-drop 0.5 --calib samples.npz
+      afpq quantize model.onnx --bits 4 --layer '*/fc=e2m3' --dry-run
     """
     return _quantize(model, _Options(**options))
 

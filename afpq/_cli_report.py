@@ -68,6 +68,11 @@ def report(
 
     What a file alone does not tell is left out: the float model (--reference), samples (--data) and the plan (--plan)
     add accuracy, losses of single layers, the weights over their codebooks, and other budgets.
+
+    \b
+    Examples:
+      afpq report small.onnx -o r.html --reference model.onnx --data test.npz
+      afpq report a.onnx b.onnx c.onnx -o r.html
     """
     from afpq.packed import read_packed
     from afpq.report import build_report, write_report

@@ -95,6 +95,10 @@ def sweep(
     For every format, all weights (and then all that layers read) are rounded with one exponent bias; the table says
     which bias is best and over which range accuracy holds, and S.svg draws it. Top-1 counts where the data has
     labels, agreement with the float network elsewhere.
+
+    \b
+    Examples:
+      afpq sweep model.onnx --data test.npz
     """
     if formats and bits:
         raise click.UsageError("give --formats or --bits, not both")

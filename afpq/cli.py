@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from afpq import (
+    _cli_completion,
     _cli_diff,
     _cli_export,
     _cli_inspect,
@@ -69,6 +70,7 @@ for _command in (
     _cli_look.formats,
     _cli_look.verify,
     _cli_look.doctor,
+    _cli_completion.completion,
 ):
     afpq.add_command(_command)
 

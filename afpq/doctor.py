@@ -1,11 +1,13 @@
-"""Says what of afpq works on this machine: versions, native code, the custom-op library, a small computation.
+"""Says what of afpq works on this machine: versions, native code, the custom-op library, kernels; and how fast it is.
 
 A check never raises; what failed is in its text, with what to do.
 """
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import onnx_ir as ir
 from afpq.errors import AfpqError
 from afpq.formats import AfpFormat
 from afpq.packed import PackedLayer
+from afpq.packing import pack
 from afpq.report import environment
 
-__all__ = ["Check", "doctor"]
+__all__ = ["Check", "doctor", "measure"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,23 @@ def doctor() -> list[Check]:
         _attempt("instruction sets", _check_isa),
         _attempt("images (Pillow)", _check_pillow, needed=False),
         _attempt("custom-op library", _check_library),
-        _attempt("self-test", _check_products),
+        _attempt("kernels", _check_kernels),
+        _attempt("layers", _check_products),
     ]
     return checks
+
+
+def measure() -> list[Check]:
+    """What this machine can do: peaks that layers are held against, in a second or two; one thread."""
+    return [
+        _attempt("memory", lambda: f"{_memory_rate() / 1e9:.1f} GB/s read"),
+        _attempt("float32", lambda: f"{_float_rate() / 1e9:.1f} GMAC/s, onnxruntime's MatMul"),
+        *(
+            _attempt(f"{text} {mode}", partial(_describe_rate, text, mode))
+            for text in ("e2m1", "e2m3", "e3m2")
+            for mode in ("a8", "a16")
+        ),
+    ]
 
 
 def _attempt(name: str, check: Callable[[], str], *, needed: bool = True) -> Check:
@@ -77,6 +94,80 @@ def _check_library() -> str:
     path = ort_library_path()
     session(_identity_model())
     return f"{Path(path).name} loads in onnxruntime"
+
+
+def _check_kernels() -> str:
+    """All that the processor can run, whatever AFPQ_ISA says."""
+    from afpq._core import kernels
+    from afpq._selftest import differing_kernels, kernel_names
+
+    isas = [isa for isa in kernels.isa_names() if isa != "scalar"]
+    for isa in isas:
+        if wrong := differing_kernels(isa):
+            raise AfpqError(f"{isa}: {', '.join(wrong)} give other bits than the scalar kernels")
+    return f"{len(set(kernel_names()))} kernels of {', '.join(isas) or 'scalar'} give the bits of scalar"
+
+
+_SECONDS = 0.25  # of one measurement
+
+
+def _best_time(run: Callable[[], object]) -> float:
+    run()
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < _SECONDS or len(times) < 3:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _memory_rate() -> float:
+    """Bytes a second, of a sum over more than the caches hold."""
+    array = np.ones(1 << 25, np.float32)
+    return array.nbytes / _best_time(lambda: array.view(np.uint64).max())
+
+
+_N, _ROWS = 512, 256  # of a layer that fits the caches
+
+
+def _float_rate() -> float:
+    from afpq.runtime import session
+
+    rng = np.random.default_rng(0)
+    weight = ir.val("w", const_value=ir.Tensor(rng.random((_N, _N), np.float32), name="w"))
+    x = ir.val("x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([_ROWS, _N]))
+    node = ir.node("MatMul", [x, weight])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    opsets = {"": 17}
+    graph = ir.Graph(
+        [x], node.outputs, nodes=[node], initializers=[weight], opset_imports=opsets, name="layer"
+    )
+    opened = session(ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString(), threads=1)
+    feed = {"x": rng.random((_ROWS, _N), np.float32)}
+    return _ROWS * _N * _N / _best_time(lambda: opened.run(None, feed))
+
+
+def _describe_rate(text: str, mode: str) -> str:
+    return f"{_layer_rate(text, mode) / 1e9:.1f} GMAC/s, decoding and rounding included"
+
+
+def _layer_rate(text: str, mode: str) -> float:
+    from afpq import _core
+
+    rng = np.random.default_rng(0)
+    fmt = AfpFormat.parse(text)
+    codes = rng.integers(0, fmt.num_magnitudes, (_N, _N), np.uint8)
+    x, scale = rng.standard_normal((_ROWS, _N)).astype(np.float32), np.ones(1, np.float32)
+    data, isa = pack(codes, fmt.bits), _core.kernels.active_isa()
+    out, sums = np.zeros((_ROWS, _N), np.float32), _core.column_sums(isa, data, text, _N, _N, 0, 1)
+
+    def run() -> None:
+        _core.matmul(
+            isa, 1, x, data, text, _N, _N, scale, 0, None, mode, -np.inf, np.inf, sums=sums, out=out
+        )
+
+    return _ROWS * _N * _N / _best_time(run)
 
 
 def _check_products() -> str:

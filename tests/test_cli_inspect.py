@@ -8,6 +8,7 @@ import pytest
 from commands import error_of, run
 
 from afpq._cli_inspect import _bars, _histogram
+from afpq._tree import tree_lines
 from afpq.packed import read_packed, weight_values
 
 
@@ -41,6 +42,30 @@ def test_inspect_shows_histograms(
         assert all(sum(e["histogram"]["counts"]) == e["num_weights"] for e in layers)
         assert run("inspect", path) == 0
         assert "█" in capsys.readouterr().out
+
+
+def test_a_tree_has_sums_where_names_branch(
+    lenet: Path, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = [
+        {"name": name, "weights": n}
+        for n, name in enumerate(("stem", "a.0/conv", "a.0/norm.fc", "a.1/x/y", "a", "b/c"), 1)
+    ]
+    lines = list(
+        tree_lines(
+            layers, lambda e: f"{e['weights']}", lambda es: f"sum {sum(e['weights'] for e in es)}"
+        )
+    )
+    assert lines == [
+        ("stem", "1"), ("a.", "sum 9"), ("  0/", "sum 5"), ("    conv", "2"), ("    norm.fc", "3"),
+        ("  1/x/y", "4"), ("a", "5"), ("b/c", "6"),
+    ]  # fmt: skip
+
+    for path, what in ((lenet, "5 layers, "), (pair[0], " bits: e2m")):
+        capsys.readouterr()
+        assert run("inspect", path, "--tree") == 0
+        text = capsys.readouterr().out
+        assert what in text and "Conv" in text
 
 
 def test_diff_tells_layers_apart(

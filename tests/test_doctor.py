@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+from afpq import _core, _selftest
 from afpq import doctor as module
 from afpq.errors import RuntimeUnavailableError
 
@@ -11,7 +12,43 @@ from afpq.errors import RuntimeUnavailableError
 def test_everything_needed_works_here():
     checks = {check.name: check for check in module.doctor()}
     assert all(check.passed for check in checks.values()), checks
-    assert {"native extension", "instruction sets", "custom-op library", "self-test"} <= set(checks)
+    assert {
+        "native extension",
+        "instruction sets",
+        "custom-op library",
+        "kernels",
+        "layers",
+    } <= set(checks)
+
+
+def test_every_kernel_is_compared():
+    bound = {n for n in dir(_core.kernels) if not n.startswith("_")}
+    others = {"isa_names", "active_isa", "a8_byte_limit", "store_residual_f32"}
+    assert bound - others == set(_selftest.kernel_names())
+
+
+def test_a_kernel_that_gives_other_bits_is_named(monkeypatch):
+    real = _core.kernels.store_f32
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(_core.kernels, name)
+
+        def store_f32(self, isa, *args):
+            real(isa, *args)
+            if isa != "scalar":
+                args[-1][0] += 1
+
+    monkeypatch.setattr(_selftest, "_KERNELS", Broken())
+    best = _core.kernels.isa_names()[0]
+    assert set(_selftest.differing_kernels(best)) == ({"store_f32"} if best != "scalar" else set())
+
+
+def test_peaks_are_measured(monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    checks = module.measure()
+    assert len(checks) == 8 and all(check.passed for check in checks), checks
+    assert all(float(check.detail.split()[0]) > 0 for check in checks)
 
 
 def test_a_library_that_does_not_load_is_a_failed_check(monkeypatch):
