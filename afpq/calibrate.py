@@ -55,7 +55,13 @@ class TensorStats:
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """Statistics by layer name; gather and unpack layers have none."""
+    """Statistics by layer name; gather and unpack layers have none.
+
+    Example:
+        >>> stats = afpq.calibrate("models/lenet5_digits.onnx", "models/digits_calibration.npz", limit=32)
+        >>> "/0/Conv" in stats, "no such layer" in stats
+        (True, False)
+    """
 
     layers: Mapping[str, TensorStats]
     num_samples: int
@@ -148,6 +154,11 @@ def calibrate(
     Raises:
         DataError: the data does not fit the model, or a layer meets NaN or infinity.
         ModelError: the model cannot be read or run.
+
+    Example:
+        >>> stats = afpq.calibrate("models/lenet5_digits.onnx", "models/digits_calibration.npz", limit=32)
+        >>> stats.num_samples
+        32
     """
     if not isinstance(model, Model):
         model = load_model(model)

@@ -132,6 +132,13 @@ def open_data(
     Raises:
         DataError: the data cannot be read, is empty or does not fit the model.
         RuntimeUnavailableError: images need Pillow, which is missing.
+
+    Example:
+        >>> import onnxruntime
+        >>> session = onnxruntime.InferenceSession("models/lenet5_digits.onnx")
+        >>> data = afpq.open_data("models/digits_calibration.npz", session.get_inputs(), limit=100)
+        >>> data.num_samples, data.names
+        (100, ('input',))
     """
     if isinstance(src, Data):
         return _limited(src, limit)

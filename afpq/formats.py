@@ -47,6 +47,11 @@ class AfpFormat:
 
     Raises:
         FormatError: a field is out of range.
+
+    Example:
+        >>> fmt = afpq.AfpFormat.parse("e2m1")
+        >>> fmt.bits, fmt.max_integer, fmt.kernel_class
+        (4, 12, 'byte')
     """
 
     exponent_bits: int

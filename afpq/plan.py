@@ -96,6 +96,13 @@ class Plan:
     statistics alone) or `weight_error` (no data at all). `activations` holds the static formats of tensors that layers
     read, None before they were chosen; a tensor without an entry is rounded by the range of each row. `frontier` tells
     what other budgets would have given, as pairs of bits per weight and predicted loss; it decides nothing.
+
+    Example:
+        >>> plan = afpq.search("models/lenet5_digits.onnx", bits=5)
+        >>> [str(entry.format) for entry in plan.entries if "Conv" in entry.layers[0]]  # doctest: +ELLIPSIS
+        [...]
+        >>> afpq.Plan.from_json(plan.to_json()).plan_hash == plan.plan_hash
+        True
     """
 
     entries: tuple[PlanEntry, ...]

@@ -6,34 +6,28 @@ the new file once before it takes its name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 
 from afpq._build import (
     build_graph,
     check_budget,
     file_size,
-    session_of,
     with_activations,
 )
-from afpq._examine import Reference, examine
 from afpq._job import DEFAULT_BITS, Job, prepare
 from afpq._probe import Feeds
+from afpq._quantized_model import QuantizedModel, load
 from afpq._smallest import smallest_model
-from afpq._written import save_checked, try_file
 from afpq.calibrate import Stats, calibrate
 from afpq.equalize import equalize as equalize_model
-from afpq.errors import ModelError, NaNError
+from afpq.errors import NaNError
 from afpq.graph import Model
-from afpq.packed import PackedModel, describe_packed, file_bytes, is_packed, read_ir
 from afpq.plan import Plan
-from afpq.report import RunFacts, build_report, write_report
-from afpq.runtime import session
+from afpq.report import RunFacts
 from afpq.search import search
 
 __all__ = [
@@ -50,71 +44,6 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(eq=False)
-class QuantizedModel:
-    """A packed model in memory, or one that `load` opened. `plan` is None after `load`."""
-
-    packed: ir.Model = field(repr=False)
-    plan: Plan | None
-    facts: RunFacts
-    path: Path | None = None  # where it lies on disk, once saved or loaded
-    probe: Feeds | None = field(default=None, repr=False)  # one input, to run a saved file once
-    job: Job | None = field(default=None, repr=False)  # what it was made from; None after `load`
-
-    def save(self, path: str | Path) -> int:
-        """Writes the file, loads it again, runs it once, and only then gives it its name; returns its bytes.
-
-        Raises:
-            ModelError: it cannot be written, or onnxruntime cannot load or run it. Nothing is left behind then.
-        """
-        path = Path(path)
-        size, checks = save_checked(self.packed, path, lambda file: try_file(file, self.probe))
-        self.path = path
-        self.facts = replace(self.facts, checks={**self.facts.checks, **checks})
-        return size
-
-    def report(self, path: str | Path, *, progress: Progress | None = None) -> None:
-        """Writes the report, HTML, Markdown or JSON by the suffix; measures speed and single layers for it.
-
-        Raises:
-            AfpqError: the suffix is not known, or the model was not saved.
-        """
-        write_report(build_report(self._described(), self._examined(progress)), path)
-
-    def summary(self) -> dict[str, Any]:
-        """The report as a dictionary.
-
-        Raises:
-            ModelError: the model was not saved.
-        """
-        return build_report(self._described(), self.facts)
-
-    def session(self, *, threads: int = 0) -> ort.InferenceSession:
-        """An onnxruntime session of it."""
-        if self.path is not None:
-            return session(self.path, threads=threads)
-        return session_of(self.packed, threads)
-
-    def _described(self) -> PackedModel:
-        if self.path is None:
-            raise ModelError("save the model before its report: the report measures the file")
-        return describe_packed(self.packed, self.path, file_bytes(self.path, read_ir(self.path)))
-
-    def _examined(self, progress: Progress | None) -> RunFacts:
-        job = self.job
-        reference = None
-        if job is not None:
-            reference = Reference(job.model, job.held_out, f"{job.data_name} (held out)")
-        return examine(
-            self._described(),
-            self.facts,
-            reference=reference,
-            feeds=self.probe,
-            threads=0 if job is None else job.threads,
-            progress=progress,
-        )
 
 
 def quantize(
@@ -162,6 +91,23 @@ def quantize(
         ModelError: the model cannot be read, or has nothing to quantize.
         DataError: the data does not fit the model.
         PlanError: the budget is impossible, a pattern matches nothing, or the plan does not fit.
+
+    Example:
+        >>> digits = np.load("models/digits_calibration.npz")["input"]
+        >>> model = afpq.quantize("models/lenet5_digits.onnx", data={"input": digits[:64]}, bits=4.5)
+        >>> model.save("lenet5.onnx") < 40_000  # bytes
+        True
+
+        `data` may also be a path, a torch DataLoader, or batches from a generator; `progress` is told what goes on:
+
+        >>> stages = []
+        >>> model = afpq.quantize(
+        ...     "models/lenet5_digits.onnx",
+        ...     data=({"input": digits[i : i + 16]} for i in range(0, 64, 16)),
+        ...     progress=lambda stage, done, total: stages.append(stage),
+        ... )
+        >>> "calibrate" in stages
+        True
     """
     job = prepare(
         model,
@@ -189,18 +135,6 @@ def quantize(
         return reach_goal(job, stats, progress=progress)
     found, known = find_plan(job, stats, progress=progress)
     return build(job, found, known, progress=progress)
-
-
-def load(path: str | Path) -> QuantizedModel:
-    """Opens a packed file: nothing else is needed.
-
-    Raises:
-        ModelError: it cannot be read, or is not packed by afpq.
-    """
-    model = read_ir(path)
-    if not is_packed(model):
-        raise ModelError(f"{path}: not a packed model (no operator of the domain afpq)")
-    return QuantizedModel(packed=model, plan=None, facts=RunFacts(), path=Path(path))
 
 
 def find_plan(

@@ -32,6 +32,11 @@ def ort_library_path() -> str:
 
     Raises:
         RuntimeUnavailableError: the library was not built.
+
+    Example:
+        >>> import onnxruntime
+        >>> options = onnxruntime.SessionOptions()
+        >>> options.register_custom_ops_library(afpq.ort_library_path())
     """
     suffix = ".dylib" if sys.platform == "darwin" else ".dll" if sys.platform == "win32" else ".so"
     path = Path(__file__).parent / f"libafpq_ort{suffix}"

@@ -111,6 +111,12 @@ def search(
 
     Raises:
         PlanError: the budget is too small, a pattern matches nothing, or an option does not exist.
+
+    Example:
+        >>> stats = afpq.calibrate("models/lenet5_digits.onnx", "models/digits_calibration.npz", limit=32)
+        >>> plan = afpq.search("models/lenet5_digits.onnx", stats, bits=4.5)
+        >>> plan.bits_per_weight <= 4.5
+        True
     """
     _check_budget(bits, size)
     costs = measure(

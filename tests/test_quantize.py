@@ -329,7 +329,7 @@ def test_a_file_that_does_not_run_is_not_kept(
     def broken(*_: object) -> None:
         raise ModelError("onnxruntime cannot load it")
 
-    monkeypatch.setattr(importlib.import_module("afpq.quantize"), "try_file", broken)
+    monkeypatch.setattr(importlib.import_module("afpq._quantized_model"), "try_file", broken)
     with pytest.raises(ModelError, match="cannot load"):
         model.save(tmp_path / "out.onnx")
 
