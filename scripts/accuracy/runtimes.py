@@ -22,7 +22,17 @@ from afpq.data import open_data
 from afpq.graph import Model, load_model
 from afpq.runtime import FloatModel
 
-__all__ = ["Made", "NotRunnableError", "afpq_packed", "ort_int8", "ort_nbits", "rounded"]
+__all__ = [
+    "BLOCK",
+    "Made",
+    "NotRunnableError",
+    "afpq_packed",
+    "ort_int8",
+    "ort_nbits",
+    "quietly",
+    "rounded",
+    "write_int8",
+]
 
 CALIBRATION_SAMPLES = 64  # of onnxruntime's methods
 BLOCK = 32  # weights that share a scale in MatMulNBits
@@ -59,19 +69,25 @@ def rounded(case: Case, method: str, bits: int) -> Made:
     return Made(lambda feed: network.run(feed)[0], total / model.num_weights, -(-total // 8))
 
 
+def write_int8(case: Case, method: str, out: Path) -> None:
+    """onnxruntime's static int8 file: QDQ, weights per channel and activations."""
+    prepared = out.with_name("prepared.onnx")
+    quantization.quant_pre_process(str(case.model), str(prepared), skip_symbolic_shape=True)
+    quantization.quantize_static(
+        str(prepared),
+        str(out),
+        Reader(case),
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        calibrate_method=quantization.CalibrationMethod[method],
+    )
+
+
 def ort_int8(case: Case, method: str, folder: Path) -> Made:
-    prepared, out = folder / "prepared.onnx", folder / f"{method}.onnx"
+    out = folder / f"{method}.onnx"
     with quietly(f"ort-int8 ({method})"):
-        quantization.quant_pre_process(str(case.model), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(prepared),
-            str(out),
-            Reader(case),
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            calibrate_method=quantization.CalibrationMethod[method],
-        )
+        write_int8(case, method, out)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = ort.InferenceSession(str(out), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,1 @@
+"""What scripts/bench_models times, and how each file is made."""
