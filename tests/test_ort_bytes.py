@@ -129,15 +129,16 @@ def test_residuals_are_added_before_the_clip(conv: Any, bounds: tuple[float, flo
     np.testing.assert_array_equal(stored, bytes_of(expected, Y_FORMAT, Y_SCALE))
 
 
+@pytest.mark.parametrize("width", [5, 8])
 @pytest.mark.parametrize("text", ["e2m2", "e4m1"])
-def test_float_paths_write_bytes_too(text: str) -> None:
+def test_float_paths_write_bytes_too(text: str, width: int) -> None:
     """The first layer of an image network, and weights that are multiplied as floats."""
     rng = np.random.default_rng(4)
     channels = 3 if text == "e2m2" else 8
     _, tensors = weight_tensors(
         rng.standard_normal((20, channels)).astype(np.float32), AfpFormat.parse(text)
     )
-    x = rng.standard_normal((2, channels, 9, 8)).astype(np.float32)
+    x = rng.standard_normal((2, channels, 9, width)).astype(np.float32)
     fields = dict(
         format=text, n=20, k=channels, kernel_shape=[1, 1], activations="a8", clip_max=1.0
     )

@@ -9,6 +9,7 @@ namespace afpq {
 namespace {
 
 constexpr size_t kTaskElements = size_t{1} << 15;
+constexpr size_t kLeastRow = 8;  // pixels
 
 // Floats of the planar path to bytes, a sample at a time.
 void planar_to_bytes(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
@@ -71,11 +72,14 @@ void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t 
           const ConvTarget& dst, const Parallel& parallel) {
   if (shape.num_out() == 0 || batch == 0) return;
   const bool floats = src.floats && dst.floats && !dst.residual;
-  if (conv_is_planar(shape) && !conv_fits_depthwise(op, shape)) {
+  const bool planar = conv_is_planar(shape) && !conv_fits_depthwise(op, shape);
+  // Rows of output shorter than a vector leave it half empty: channels fill one.
+  if (planar && (shape.groups > 1 || shape.out[2] >= kLeastRow)) {
     if (dst.bytes) return planar_to_bytes(op, shape, src.floats, batch, dst.bytes, parallel);
     return conv_planar(op, shape, src.floats, batch, dst.floats, parallel);
   }
-  const Products products = products_of(*op.kernels, op.rounding.mode, *op.weight);
+  const Products products =
+      planar ? Products{} : products_of(*op.kernels, op.rounding.mode, *op.weight);
   if (floats && conv_fits_pixels(op, shape, products))
     return conv_pixels(op, shape, products, src.floats, batch, dst.floats, parallel);
   conv_rows(op, shape, src, batch, dst, parallel);
