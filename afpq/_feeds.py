@@ -27,6 +27,7 @@ __all__ = [
     "check_keys",
     "check_shape",
     "fit_item",
+    "named",
     "show_shape",
 ]
 
@@ -159,20 +160,34 @@ def cast(array: Array, entry: Input, where: str) -> Array:
     return result
 
 
-def fit_item(item: Any, inputs: tuple[Input, ...], where: str) -> Feed:
-    """One batch as a user yields it - a dict, or an array for a model with one input - as a feed.
+def named(item: Any, inputs: tuple[Input, ...], where: str) -> Mapping[Any, Any]:
+    """One batch as a user yields it by the names of the inputs: a dict, arrays in their order, or the only array.
+
+    An array more than there are inputs has the labels; so a DataLoader of torch yields them.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    if isinstance(item, Mapping):
+        return item
+    names = [entry.name for entry in inputs]
+    arrays = item if isinstance(item, tuple | list) else [item]
+    if len(arrays) - len(names) in (0, 1) and all(hasattr(a, "__array__") for a in arrays):
+        return dict(zip([*names, "labels"], arrays, strict=False))
+    raise DataError(
+        f"{where} is a {type(item).__name__}; it must be a dict of arrays with the keys "
+        f"{', '.join(names)}, or these arrays in this order"
+        + (", or one array" if len(inputs) == 1 else "")
+    )
+
+
+def fit_item(item: Mapping[Any, Any], inputs: tuple[Input, ...], where: str) -> Feed:
+    """One batch by the names of the inputs (`named`) as a feed.
 
     Raises:
         DataError: keys, types or shapes do not fit the model.
     """
     names = [entry.name for entry in inputs]
-    if not isinstance(item, Mapping):
-        if len(inputs) != 1 or not hasattr(item, "__array__"):
-            raise DataError(
-                f"{where} is a {type(item).__name__}; it must be a dict of arrays with the keys "
-                f"{', '.join(names)}" + (", or one array" if len(inputs) == 1 else "")
-            )
-        item = {names[0]: item}
     check_keys([str(key) for key in item], names, where)
     feed = {}
     for entry in inputs:

@@ -25,6 +25,7 @@ from afpq._feeds import (
     check_keys,
     check_shape,
     fit_item,
+    named,
 )
 from afpq.errors import DataError
 from afpq.preprocess import Preprocess, preprocess_image, read_image
@@ -117,7 +118,8 @@ class ItemSource:
             start += rows
             if not len(chosen):
                 continue
-            feed = fit_item(item, self.inputs, f"batch {index} of {self.where}")
+            where = f"batch {index} of {self.where}"
+            feed = fit_item(named(item, self.inputs, where), self.inputs, where)
             if self.batching.kind != "any":
                 yield feed
                 continue
@@ -214,9 +216,10 @@ def item_source(
     rows: list[int] = []
     found: list[Array] = []
     for index, item in enumerate(open_items()):
+        item = named(item, inputs, f"batch {index} of {where}")
         feed = fit_item(item, inputs, f"batch {index} of {where}")
         rows.append(len(next(iter(feed.values()))) if batching.kind == "any" else 1)
-        if isinstance(item, Mapping) and "labels" in item and "labels" not in feed:
+        if "labels" in item and "labels" not in feed:
             count = rows[-1] * batching.size
             found.append(
                 check_labels(np.asarray(item["labels"]), count, f"batch {index} of {where}")
@@ -317,11 +320,14 @@ def _image_reader(
 
 
 def repeatable(items: Iterable[Any], limit: int | None) -> Callable[[], Iterator[Any]]:
-    """A function that starts the iteration again; a generator, which cannot, is kept in memory.
+    """A function that starts the iteration again; what cannot is kept in memory.
 
-    At most `limit` items are taken from a generator: one item has at least one sample.
+    That is a generator, and a DataLoader of torch that shuffles: each of its passes has another order. At most `limit`
+    items are taken: one item has at least one sample.
     """
-    if iter(items) is not items:
+    sampler = getattr(items, "sampler", None)
+    shuffles = sampler is not None and type(sampler).__name__ != "SequentialSampler"
+    if iter(items) is not items and not shuffles:
         return lambda: iter(items)
     kept = []
     for item in items:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 
 from afpq._array_files import load_npz
 from afpq._sources import repeatable
@@ -56,8 +55,6 @@ def read_samples(module: nn.Module, data: object, limit: int | None) -> Samples:
         return Samples(lambda: iter([feed]), whole=True)
     if not callable(data) and not isinstance(data, Iterable):
         raise DataError(f"the data is a {type(data).__name__}, which yields no batches")
-    if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler):
-        data = iter(data)  # each pass would have another order
     start = data if callable(data) else repeatable(data, limit)
 
     def passes() -> Iterator[Feed]:

@@ -10,8 +10,9 @@
                         input, with the same file names. A file is a batch, or one sample without
                         batch axis; labels.csv as above
     module:function     a function without parameters that yields dicts of arrays, batch axis first
-    Python objects      a dict of arrays, an array, an iterable or function yielding dicts (or
-                        arrays for a model with one input)
+    Python objects      a dict of arrays, an array, an iterable (a DataLoader of torch, too) or
+                        function yielding batches: dicts, or arrays in the order of the inputs,
+                        the labels last if there are any
 
 Only what is needed is held in memory, except generators, which cannot start again. Sequence lengths
 may differ from batch to batch where the data comes in batches. Order and splits are deterministic.
@@ -186,8 +187,9 @@ def _open_source(
     if isinstance(src, Mapping):
         arrays = {str(key): np.asarray(value) for key, value in src.items()}
         return array_source(arrays, inputs, spec, "the data"), spec
-    if isinstance(src, np.ndarray):
-        return array_source(_only_input(src, inputs, "the data"), inputs, spec, "the data"), spec
+    if hasattr(src, "__array__"):
+        array = _only_input(np.asarray(src), inputs, "the data")
+        return array_source(array, inputs, spec, "the data"), spec
     _refuse_preprocess(spec, "the data")
     return _open_items(src, inputs, limit, "the data"), None
 

@@ -98,7 +98,7 @@ def quantize(
         >>> model.save("lenet5.onnx") < 40_000  # bytes
         True
 
-        `data` may also be a path, a torch DataLoader, or batches from a generator; `progress` is told what goes on:
+        `data` may also be a path, a DataLoader of torch, or batches from a generator; `progress` is told what goes on:
 
         >>> stages = []
         >>> model = afpq.quantize(

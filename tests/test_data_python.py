@@ -48,6 +48,34 @@ def test_labels_may_come_with_the_batches() -> None:
         open_data([items[0], {"x": vectors(1)}], VECTOR)
 
 
+def test_arrays_may_come_in_the_order_of_the_inputs_and_labels_last() -> None:
+    ids, mask = np.ones((2, 3), np.int64), np.zeros((2, 3), np.int64)
+    data = open_data([(ids, mask), [ids, mask]], TOKENS)
+    for feed in data.batches(2):
+        np.testing.assert_array_equal(feed["ids"], ids)
+        np.testing.assert_array_equal(feed["mask"], mask)
+    data = open_data([(vectors(2), np.array([3, 4]))], VECTOR)
+    np.testing.assert_array_equal(joined(data, "x"), vectors(2))
+    np.testing.assert_array_equal(data.labels, [3, 4])
+
+
+def test_loaders_and_tensors_of_torch_are_data() -> None:
+    torch = pytest.importorskip("torch")
+    loaders = torch.utils.data
+    x, labels = torch.from_numpy(vectors(7)), torch.arange(7)
+    whole = open_data(x, VECTOR)
+    alone = open_data(loaders.DataLoader(loaders.TensorDataset(x), batch_size=3), VECTOR)
+    assert whole.num_samples == alone.num_samples == 7
+    np.testing.assert_array_equal(joined(whole, "x"), vectors(7))
+    np.testing.assert_array_equal(joined(alone, "x"), vectors(7))
+
+    shuffled = loaders.DataLoader(loaders.TensorDataset(x, labels), batch_size=3, shuffle=True)
+    data = open_data(shuffled, VECTOR)
+    # Labels were read in one pass and samples in two others: they must belong together.
+    for _ in range(2):
+        np.testing.assert_array_equal(joined(data, "x"), vectors(7)[data.labels])
+
+
 @pytest.mark.parametrize(
     ("items", "message"),
     [
