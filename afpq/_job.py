@@ -221,7 +221,9 @@ def _check_names(job: Job) -> None:
             raise PlanError("a plan already says which layers get what: edit the plan instead")
         shapes = {layer.name: (layer.weight_name, layer.n, layer.k) for layer in job.model.layers}
         read = {layer.input_name for layer in job.model.layers if layer.input_name is not None}
-        check_plan(job.plan, shapes, read | set(added_tensors(job.model)))
+        if job.plan.activations:
+            read |= set(added_tensors(job.model))
+        check_plan(job.plan, shapes, read)
         if job.plan.activations and job.activations != "a8":
             raise PlanError(
                 f"the plan has static formats of activations: they need activations a8, not {job.activations}"

@@ -72,14 +72,15 @@ def rewrite(
     clone = model.ir.clone()
     set_constants(clone.graph, constants or {})
     static = {e.tensor: e for e in plan.activations or ()} if activations == "a8" else {}
-    if static:
+    chained = chain and bool(static)
+    if chained:
         clone = with_shapes(clone)
     emitter = Emitter(clone.graph, tensors, activations, static)
     for layer in model.layers:
         if layer.weight_name in tensors:
             emitter.replace(layer, biases.get(layer.name))
     emitter.finish()
-    if static and chain:
+    if chained:
         pass_bytes(clone.graph, static, _multiplying_bytes(model, tensors))
     _strip(clone)
     clone.graph.opset_imports[DOMAIN] = OPSET_VERSION

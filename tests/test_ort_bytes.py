@@ -170,28 +170,36 @@ POOLS: list[Any] = [
 ]
 
 
+def pool(domain: str, op: str, data: Any, **attributes: Any) -> Any:
+    node = helper.make_node(op, ["x"], ["y"], name="the_node", domain=domain, **attributes)
+    kind = helper.np_dtype_to_tensor_dtype(data.dtype)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", kind, data.shape)],
+        [helper.make_tensor_value_info("y", kind, [None] * data.ndim)],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("afpq", 1)]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(LIBRARY)
+    content = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    return ort.InferenceSession(content, options).run(None, {"x": data})[0]
+
+
 @pytest.mark.parametrize(("spatial", "attributes"), POOLS, ids=str)
 def test_max_pool_equals_the_float_op(spatial: Any, attributes: dict[str, Any]) -> None:
     x = np.random.default_rng(5).integers(0, 256, (2, 37, *spatial), np.uint8)
-
-    def pool(domain: str, op: str, data: Any) -> Any:
-        node = helper.make_node(op, ["x"], ["y"], domain=domain, **attributes)
-        kind = helper.np_dtype_to_tensor_dtype(data.dtype)
-        graph = helper.make_graph(
-            [node],
-            "g",
-            [helper.make_tensor_value_info("x", kind, data.shape)],
-            [helper.make_tensor_value_info("y", kind, [None] * data.ndim)],
-        )
-        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("afpq", 1)]
-        options = ort.SessionOptions()
-        options.register_custom_ops_library(LIBRARY)
-        content = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-        return ort.InferenceSession(content, options).run(None, {"x": data})[0]
-
     last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
-    expected = np.moveaxis(pool("", "MaxPool", x.astype(np.float32)), 1, -1)
-    np.testing.assert_array_equal(pool("afpq", "MaxPoolU8", last), expected)
+    expected = np.moveaxis(pool("", "MaxPool", x.astype(np.float32), **attributes), 1, -1)
+    np.testing.assert_array_equal(pool("afpq", "MaxPoolU8", last, **attributes), expected)
+
+
+@pytest.mark.parametrize("pads", [[2, 0, 0, 0], [0, 0, 0, 5]])
+def test_windows_of_nothing_but_padding_are_refused(pads: list[int]) -> None:
+    x = np.zeros((1, 6, 6, 16), np.uint8)
+    with pytest.raises(Exception, match=r"the_node.*a pad that is not smaller than the kernel, 2"):
+        pool("afpq", "MaxPoolU8", x, kernel_shape=[2, 2], pads=pads)
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,13 @@ def public_imports(module: str) -> frozenset[str]:
     """Public modules that a module reaches, straight or through private ones."""
     found: set[str] = set()
     seen: set[str] = set()
-    todo = [module]
-    while todo:
-        for name in imports(todo.pop()):
+    pending = [module]
+    while pending:
+        for name in imports(pending.pop()):
             if name.startswith("_"):
                 if name not in seen:
                     seen.add(name)
-                    todo.append(name)
+                    pending.append(name)
             else:
                 found.add(name)
     return frozenset(found - {module})

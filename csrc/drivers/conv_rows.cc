@@ -99,9 +99,13 @@ void widen(const uint8_t* src, size_t count, const Parallel& parallel, int16_t* 
 }
 
 // Rows of `channels` bytes to rows of `stride`, of which the others are not read.
-void spread_rows(const uint8_t* src, size_t count, size_t channels, size_t stride, uint8_t* dst) {
-  for (size_t r = 0; r < count; ++r)
-    std::copy(src + r * channels, src + (r + 1) * channels, dst + r * stride);
+void spread_rows(const uint8_t* src, size_t count, size_t channels, size_t stride,
+                 const Parallel& parallel, uint8_t* dst) {
+  const size_t step = std::max<size_t>(1, kTaskElements / stride);
+  parallel_for(parallel, ceil_div(count, step), [&](size_t task) {
+    for (size_t r = task * step; r < std::min(count, (task + 1) * step); ++r)
+      std::copy(src + r * channels, src + (r + 1) * channels, dst + r * stride);
+  });
 }
 
 // What the steps of a convolution have in common.
@@ -192,7 +196,7 @@ RowQuantizer round_pixels(const Job& job, const float* src, const Sample& sample
   quantize_planes(*job.op.kernels, job.products, quantizer, src, job.shape.num_in(),
                   job.shape.channels_in, spread ? tight : sample.pixels, parallel);
   if (spread)
-    spread_rows(sample.tight, job.shape.num_in(), job.shape.channels_in, job.pixel,
+    spread_rows(sample.tight, job.shape.num_in(), job.shape.channels_in, job.pixel, parallel,
                 sample.pixels[0]);
   return quantizer;
 }
@@ -202,7 +206,8 @@ void take_pixels(const Job& job, const uint8_t* src, Sample* sample, const Paral
   if (job.in_place) {
     sample->pixels[0] = const_cast<uint8_t*>(src);
   } else if (job.depthwise) {
-    spread_rows(src, job.shape.num_in(), job.shape.channels_in, job.pixel, sample->pixels[0]);
+    spread_rows(src, job.shape.num_in(), job.shape.channels_in, job.pixel, parallel,
+                sample->pixels[0]);
   } else {
     widen(src, job.num_elements(), parallel, reinterpret_cast<int16_t*>(sample->pixels[0]));
   }

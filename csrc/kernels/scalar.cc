@@ -112,22 +112,6 @@ void gemm_f32_f32_f32_scalar(const float* const* lhs, size_t num_taps, size_t nu
   }
 }
 
-void depthwise_s32_u8_s16_scalar(const uint8_t* const* lhs, size_t num_taps, const int16_t* rhs,
-                                 size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                                 int32_t* dst) {
-  for (size_t r = 0; r < num_rows; ++r) {
-    for (size_t i = 0; i < num_blocks * kTileN; ++i) {
-      const int16_t* tiles = rhs + i / kTileN * rhs_tiles * kTileCodes;
-      int32_t sum = 0;
-      for (size_t t = 0; t < num_taps; ++t) {
-        const int16_t weight = tiles[t / 2 * 2 * kTileN + i % kTileN * 2 + t % 2];
-        sum += lhs[t * kMaxRows + r][i] * weight;
-      }
-      dst[r * kPanelN + i] = sum;
-    }
-  }
-}
-
 void range_f32_scalar(const float* src, size_t count, float* low, float* high, int* finite) {
   *low = *high = 0.0f;
   *finite = 1;
@@ -269,43 +253,8 @@ void store_f32_scalar(const AfpqStore* args) {
   }
 }
 
-void store_u8_f32_scalar(const AfpqStoreBytes* args) {
-  for (size_t r = 0; r < args->num_rows; ++r) {
-    for (size_t c = 0; c < args->num_channels; ++c) {
-      float value = fmaf(args->src[r * kPanelN + c], args->row_scales[r], args->bias[c]);
-      if (args->residual) {
-        const int32_t step = args->residual[r * args->stride + c] - args->residual_zero;
-        value = fmaf(static_cast<float>(step), args->residual_scale, value);
-      }
-      if (args->floats) {
-        args->floats[r * kPanelN + c] = clamp(value, args->low, args->high);
-        continue;
-      }
-      value = clamp(isnan(value) ? args->low : value, args->low, args->high);
-      args->dst[r * args->stride + c] =
-          static_cast<uint8_t>(quantize_float(value, *args->quantize));
-    }
-  }
-}
-
-void finish_u8_s32_scalar(const AfpqFinish* args) {
-  float row[kPanelN];
-  AfpqCombine combine = args->combine;
-  AfpqStoreBytes store = args->store;
-  combine.dst = row;
-  combine.num_rows = store.num_rows = 1;
-  combine.num_channels = store.num_channels;
-  combine.accumulate = 0;
-  store.src = row;
-  store.floats = nullptr;
-  for (size_t r = 0; r < args->store.num_rows; ++r) {
-    combine_f32_s32_scalar(&combine);
-    store_u8_f32_scalar(&store);
-    for (int q = 0; q < combine.rhs_planes; ++q) combine.sums[q] += kPanelN;
-    store.dst += store.stride;
-    if (store.residual) store.residual += store.stride;
-  }
-}
+// Behind the functions that it uses.
+#include "scalar_bytes.inc"
 
 // F of channel c and pixel x. Element j of group g: a pixel's at lhs[(g * pixel_stride + x) * steps
 // + j], a channel's at rhs[(g * 16 + c) * steps + j].

@@ -47,6 +47,17 @@ Geometry::Geometry(const KernelInfo& info) {
   }
 }
 
+void Geometry::check_pads() const {
+  for (size_t axis = 3 - rank_; axis < 3; ++axis) {
+    if (std::max(base_.pads[axis], end_pads_[axis]) >= base_.kernel[axis]) {
+      throw Error(kInvalidArgument,
+                  "attribute pads has a pad that is not smaller than the kernel, " +
+                      std::to_string(base_.kernel[axis]) + " elements on axis " +
+                      std::to_string(axis + rank_ - 3));
+    }
+  }
+}
+
 ConvShape Geometry::shape_of(const std::vector<int64_t>& dims, size_t first, bool ceil) const {
   ConvShape shape = base_;
   for (size_t axis = 3 - rank_; axis < 3; ++axis) {

@@ -36,6 +36,8 @@ class Geometry {
 
   size_t rank() const { return rank_; }  // spatial axes
   const ConvShape& base() const { return base_; }
+  // Throws unless every window reaches into an input of any size: no pad is as wide as the kernel.
+  void check_pads() const;
   // The shape with the extents of an input that begin at dims[first]; `ceil`: windows may stick out
   // at the end.
   ConvShape shape_of(const std::vector<int64_t>& dims, size_t first, bool ceil) const;
