@@ -81,6 +81,7 @@ std::vector<float> products(Random* random, size_t rows) {
   std::vector<float> result = random->numbers(rows * kPanelN);
   constexpr float kSpecial[] = {kNan, kInf, -kInf, -0.0f, 1e30f};
   for (size_t i = 3; i < result.size(); i += 7) result[i] = kSpecial[i % 5];
+  for (size_t r = 0; r < rows; ++r) result[r * kPanelN] = -0.0f;
   return result;
 }
 
