@@ -4,6 +4,12 @@
 #include <cstring>
 #include <string>
 
+#if defined(AFPQ_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(AFPQ_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace afpq {
 namespace {
 
@@ -22,10 +28,29 @@ int has_avx512vnni() {
 }
 #endif
 
+#if defined(AFPQ_ARM64)
+// Dot products of bytes, which came after the first 64-bit processors.
+int has_neon() {
+#if defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP, which old headers lack
+  return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
+#else
+  return 0;
+#endif
+}
+#endif
+
 constexpr AfpqIsa kIsas[] = {
 #if defined(AFPQ_X86_64)
     {&kAfpqKernelsAvx512Vnni, has_avx512vnni},
     {&kAfpqKernelsAvx2, has_avx2},
+#endif
+#if defined(AFPQ_ARM64)
+    {&kAfpqKernelsNeon, has_neon},
 #endif
     {&kAfpqKernelsScalar, always},
     {nullptr, nullptr},

@@ -299,6 +299,9 @@ extern const AfpqKernels kAfpqKernelsScalar;
 extern const AfpqKernels kAfpqKernelsAvx2;
 extern const AfpqKernels kAfpqKernelsAvx512Vnni;
 #endif
+#if defined(AFPQ_ARM64)
+extern const AfpqKernels kAfpqKernelsNeon;
+#endif
 
 #ifdef __cplusplus
 }
