@@ -72,7 +72,7 @@ __all__ = [
     "quantize",
 ]
 
-_OWN_OPTIONS = {"model", "data", "stats", "bits", "preprocess"}
+_OWN_OPTIONS = {"model", "data", "stats", "bits", "preprocess", "chain"}
 _MAX_ERROR = (
     0.1  # between both results, of the outputs' norm: far above rounding, far below a wrong layer
 )

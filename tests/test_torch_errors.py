@@ -40,6 +40,8 @@ def test_what_cannot_be_quantized_is_refused():
         afpq.torch.quantize(Only(), torch.randn(8, 4, 16))
     with pytest.raises(TypeError, match="has no option 'bitss'; it has activations"):
         afpq.torch.quantize(nn.Linear(8, 8), x, bitss=4)
+    with pytest.raises(TypeError, match="has no option 'chain'"):  # modules pass floats
+        afpq.torch.quantize(nn.Linear(8, 8), x, chain=True)
 
 
 def test_a_module_that_does_not_compute_the_same_is_refused(monkeypatch):
