@@ -24,6 +24,9 @@ CONVS: list[Any] = [
     ((16, 16, 16), (9, 8), dict(kernel_shape=[3, 3], pads=[1, 1, 1, 1])),  # depthwise
     ((40, 40, 40), (9, 8), dict(kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2])),
     ((96, 96, 96), (5, 13), dict(kernel_shape=[5, 4], pads=[2, 1, 2, 2])),
+    ((16, 16, 16), (7, 9), dict(kernel_shape=[3, 3], pads=[2, 1, 2, 3], dilations=[2, 3])),
+    ((16, 16, 16), (2, 2), dict(kernel_shape=[5, 5], pads=[2, 2, 2, 2])),  # no tap always inside
+    ((17, 17, 17), (3, 60), dict(kernel_shape=[3, 3], pads=[1, 1, 1, 1])),
     ((7, 7, 7), (5, 6), dict(kernel_shape=[1, 1])),
     ((16, 16, 16), (31,), dict(kernel_shape=[9], auto_pad="SAME_UPPER")),
     ((8, 16, 1), (5, 4, 6), dict(kernel_shape=[2, 3, 2], pads=[1, 1, 0, 0, 1, 1])),

@@ -17,19 +17,15 @@ using MaybeBytes = std::optional<Array<const uint8_t, 2>>;
 void depthwise_s32_u8_s16(const std::string& isa, Array<const uint8_t, 3> lhs,
                           Array<const int16_t, 3> rhs, Array<int32_t, 2> dst) {
   const size_t taps = lhs.shape(0), rows = lhs.shape(1), blocks = rhs.shape(0);
-  require(rows >= 1 && rows <= kMaxRows, "lhs must have 1..6 rows");
-  require(blocks >= 1 && blocks <= kPanelBlocks && lhs.shape(2) == blocks * kTileN,
+  require(blocks >= 1 && blocks <= kPanelBlocks && lhs.shape(2) >= blocks * kTileN,
           "lhs must have 16 columns for each of the 1..4 blocks of rhs");
   require(rhs.shape(1) * kTileK >= taps && rhs.shape(2) == kTileCodes,
           "rhs must be [num_blocks, rhs_tiles, 64] with a tile for each 4 taps");
   require(dst.shape(0) == rows && dst.shape(1) == kPanelN, "dst must be [num_rows, 64]");
-  std::vector<const uint8_t*> pointers(taps * kMaxRows, nullptr);
-  for (size_t t = 0; t < taps; ++t) {
-    for (size_t r = 0; r < rows; ++r)
-      pointers[t * kMaxRows + r] = lhs.data() + (t * rows + r) * lhs.shape(2);
-  }
-  table_of(isa).depthwise_s32_u8_s16(pointers.data(), taps, rhs.data(), rhs.shape(1), rows, blocks,
-                                     dst.data());
+  std::vector<const uint8_t*> pointers(taps, nullptr);
+  for (size_t t = 0; t < taps; ++t) pointers[t] = lhs.data() + t * rows * lhs.shape(2);
+  table_of(isa).depthwise_s32_u8_s16(pointers.data(), lhs.shape(2), taps, rhs.data(), rhs.shape(1),
+                                     rows, blocks, dst.data());
 }
 
 // What all that follow have in common; residual: [num_rows, at least num_channels].

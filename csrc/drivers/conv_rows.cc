@@ -14,13 +14,13 @@ constexpr size_t kTaskElements = size_t{1} << 15;
 
 // How taps find their rows.
 enum class Taps {
-  kDirect,   // 1x1, stride 1, no padding: pixel r is row r
+  kDirect,   // 1x1, stride 1, no padding: pixel r is row r; or depthwise, which finds them itself
   kOffsets,  // taps are read in place
   kPatches,  // taps of a pixel are copied into one row
 };
 
 Taps taps_of(const Conv& op, const ConvShape& shape) {
-  if (conv_fits_depthwise(op, shape)) return Taps::kOffsets;
+  if (conv_fits_depthwise(op, shape)) return Taps::kDirect;
   if (shape.group_in() % kTileK != 0) return Taps::kPatches;
   for (int axis = 0; axis < 3; ++axis) {
     if (shape.kernel[axis] != 1 || shape.strides[axis] != 1 || shape.in[axis] != shape.out[axis] ||
@@ -303,7 +303,7 @@ void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, si
   for (size_t i = 0; i < batch; ++i) {
     fill_rows(job, src, i, &sample, parallel);
     if (job.depthwise) {
-      depthwise(gemm_job(job, dst, i, 0, sample), parallel);
+      depthwise(gemm_job(job, dst, i, 0, sample), shape, parallel);
       continue;
     }
     for (size_t group = 0; group < shape.groups; ++group)

@@ -92,10 +92,6 @@ struct GemmJob {
 
 void gemm(const GemmJob& job, const Parallel& parallel);
 
-// The same for a depthwise convolution, whose rows are taps of bytes (offsets are not null) that
-// hold all channels, padded to blocks of 16: channel c of tap t meets step t of channel c.
-void depthwise(const GemmJob& job, const Parallel& parallel);
-
 // How a row (of a convolution: a sample) of this range, 0 included, is rounded to byte planes: with
 // a scale and a zero point of its own, or those of the static format. NaN or infinity in a row
 // makes its scale NaN, so the row's results are NaN as they would be in float.

@@ -227,12 +227,13 @@ typedef struct AfpqKernels {
                            int accumulate, int32_t* dst);
 
   // Depthwise: channels meet only their own weights.
-  //   dst[r][16 b + c] = sum over t < num_taps of lhs[t * kMaxRows + r][16 b + c] *
+  //   dst[r][16 b + c] = sum over t < num_taps of lhs[t][r * step + 16 b + c] *
   //                      rhs[b * rhs_tiles + t / 4][t % 4 / 2][c][t % 2]               exact int32
-  // lhs: pointers as above, to 16 * num_blocks bytes. rhs as expand_s16_afp writes it; the weight
-  // behind the last tap, if their number is odd, is 0.
-  void (*depthwise_s32_u8_s16)(const uint8_t* const* lhs, size_t num_taps, const int16_t* rhs,
-                               size_t rhs_tiles, size_t num_rows, size_t num_blocks, int32_t* dst);
+  // lhs: where each tap of the first row is; any number of rows, `step` bytes apart. rhs as
+  // expand_s16_afp writes it; the weight behind the last tap, if their number is odd, is 0.
+  void (*depthwise_s32_u8_s16)(const uint8_t* const* lhs, size_t step, size_t num_taps,
+                               const int16_t* rhs, size_t rhs_tiles, size_t num_rows,
+                               size_t num_blocks, int32_t* dst);
 
   // gemm in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64
   // floats a tile). Each output is one chain of fma in (t, i, j) order, starting from 0 or from

@@ -139,10 +139,14 @@ void compare_depthwise(Comparison* comparison) {
   comparison->begin("depthwise_s32_u8_s16");
   Random random(4);
   for (const size_t taps : {1, 2, 3, 8, 9, 10, 25}) {
-    for (size_t rows = 1; rows <= kMaxRows; ++rows) {
+    for (size_t rows = 1; rows <= kMaxRows + 1; ++rows) {
       const size_t blocks = 1 + (rows + taps) % kPanelBlocks, tiles = (taps + 3) / 4;
-      const Rows<uint8_t> lhs(taps, rows,
-                              [&] { return random.integers<uint8_t>(blocks * kTileN, 0, 255); });
+      const size_t step = blocks * kTileN + rows % 3;
+      const Rows<uint8_t> lhs(taps, 1, [&] {
+        return random.integers<uint8_t>((rows - 1) * step + blocks * kTileN, 0, 255);
+      });
+      std::vector<const uint8_t*> pointers;
+      for (size_t t = 0; t < taps; ++t) pointers.push_back(lhs.pointers[t * kMaxRows]);
       std::vector<int16_t> weights =
           random.integers<int16_t>(blocks * (tiles + 1) * kTileCodes, -16384, 16384);
       for (size_t b = 0; taps % 2 && b < blocks; ++b) {  // behind the last tap
@@ -153,7 +157,7 @@ void compare_depthwise(Comparison* comparison) {
       comparison->results(random.integers<int32_t>(rows * kPanelN, -9, 9),
                           text_of("taps, rows, blocks", taps, rows, blocks),
                           [&](const AfpqKernels& kernels, int32_t* dst) {
-                            kernels.depthwise_s32_u8_s16(lhs.pointers.data(), taps, rhs.data(),
+                            kernels.depthwise_s32_u8_s16(pointers.data(), step, taps, rhs.data(),
                                                          tiles + 1, rows, blocks, dst);
                           });
     }
