@@ -10,7 +10,7 @@
 namespace afpq::tests {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const Parallel kSerial = {[](void*, size_t total, void (*task)(void*, size_t), void* user) {
                             for (size_t i = 0; i < total; ++i) task(user, i);
@@ -93,15 +93,15 @@ void compare_matmul(Comparison* comparison, Checksum* checksum) {
       for (const LhsRounding& rounding : kRoundings) {
         for (const size_t m : {1, 7, 53}) {
           const Guarded<float> lhs(random.numbers(m * kK));
-          const float low = m == 7 ? 0.0f : -kInf;
+          const float low = m == 7 ? 0.0f : -kInfinity;
           checksum->add(comparison->results(
               std::vector<float>(m * kN),
               format + text_of(" group, mode, m", group_size, static_cast<int>(rounding.mode), m),
               [&](const AfpqKernels& kernels, float* dst) {
                 const PackedWeight weight =
                     stored.load(kernels, 1, rounding.mode != Activations::kF32);
-                matmul({&kernels, &weight, rounding, bias.data(), low, kInf}, lhs.data(), m, dst,
-                       kSerial);
+                matmul({&kernels, &weight, rounding, bias.data(), low, kInfinity}, lhs.data(), m,
+                       dst, kSerial);
               }));
         }
       }

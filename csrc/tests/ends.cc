@@ -7,13 +7,13 @@
 namespace afpq::tests {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Bounds {
   float low, high;
 };
-constexpr Bounds kBounds[] = {{-kInf, kInf}, {0.0f, 6.0f}, {-0.5f, 0.25f}};
+constexpr Bounds kBounds[] = {{-kInfinity, kInfinity}, {0.0f, 6.0f}, {-0.5f, 0.25f}};
 
 constexpr size_t kRowCounts[] = {1, 2, 3, 4, 5, 7, 48};
 constexpr size_t kChannelCounts[] = {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64};
@@ -79,7 +79,7 @@ void compare_combine(Comparison* comparison) {
 // Products of rows of a layer, some of them no numbers.
 std::vector<float> products(Random* random, size_t rows) {
   std::vector<float> result = random->numbers(rows * kPanelN);
-  constexpr float kSpecial[] = {kNan, kInf, -kInf, -0.0f, 1e30f};
+  constexpr float kSpecial[] = {kNan, kInfinity, -kInfinity, -0.0f, 1e30f};
   for (size_t i = 3; i < result.size(); i += 7) result[i] = kSpecial[i % 5];
   for (size_t r = 0; r < rows; ++r) result[r * kPanelN] = -0.0f;
   return result;

@@ -9,14 +9,14 @@
 namespace afpq::tests {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 void compare_range(Comparison* comparison) {
   comparison->begin("range_f32");
   Random random(10);
   for (size_t count = 0; count <= 40; ++count) {
-    for (const float special : {0.5f, -0.0f, kNan, -kNan, kInf, -kInf}) {
+    for (const float special : {0.5f, -0.0f, kNan, -kNan, kInfinity, -kInfinity}) {
       std::vector<float> values = random.numbers(count);
       if (count > 0) values[static_cast<size_t>(random.in(0, count - 1))] = special;
       if (count % 5 == 1)  // one sign, so that 0 is an end
@@ -70,7 +70,7 @@ std::vector<float> sources(Random* random, size_t count, const Rounding& roundin
   const float step = rounding.scale > 0           ? rounding.scale
                      : rounding.inverse_scale > 0 ? 1.0f / rounding.inverse_scale
                                                   : 1.0f;
-  constexpr float kSpecial[] = {kNan, kInf, -kInf, -0.0f, 1e30f, -1e30f, 1e-40f};
+  constexpr float kSpecial[] = {kNan, kInfinity, -kInfinity, -0.0f, 1e30f, -1e30f, 1e-40f};
   for (float& value : values) {
     const int64_t kind = random->in(0, 9);
     if (kind < 3) value = (static_cast<float>(random->in(-300, 300)) + 0.5f) * step;
