@@ -103,20 +103,34 @@ def verify(model: Path, *, threads: int, as_json: bool) -> int:
 
 @click.command(short_help="What works on this machine, and how fast.")
 @click.option("--measure", is_flag=True, help="Also measure peaks: memory, float32, packed layers.")
+@click.option(
+    "--save-rates",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RATES.json",
+    help="With --measure: write how fast each kind of format multiplies here, for quantize --latency.",
+)
 @json_option
-def doctor(*, measure: bool, as_json: bool) -> int:
+def doctor(*, measure: bool, save_rates: Path | None, as_json: bool) -> int:
     """What of afpq works on this machine: versions, instruction sets, the custom-op library, every kernel.
 
     \b
     Examples:
       afpq doctor
       AFPQ_ISA=avx2 afpq doctor --measure
+      afpq doctor --measure --save-rates rates.json
     """
+    if save_rates is not None and not measure:
+        raise click.UsageError("--save-rates needs --measure")
     from afpq.doctor import doctor as run
     from afpq.doctor import measure as peaks
+    from afpq.doctor import measure_rates
+    from afpq.rates import rates_json
+    from afpq.report import environment, write_text
 
     checks = [*run(), *(peaks() if measure else [])]
     failed = any(not check.passed for check in checks)
+    if save_rates is not None and not failed:
+        write_text(save_rates, rates_json(environment()["isa"], measure_rates()))
     if as_json:
         print_json({"passed": not failed, "checks": [asdict(check) for check in checks]})
     else:

@@ -99,6 +99,13 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
     "learned with torch as well (best).",
 )
 @click.option(
+    "--latency",
+    type=_FILE,
+    metavar="RATES.json",
+    help="With --calib: of the plans in the budget that are predicted to lose at most a tenth more than the best, take "
+    "the one with the fastest products, by what doctor --measure --save-rates found.",
+)
+@click.option(
     "--chain/--no-chain",
     default=True,
     help="With --calib and --activations a8: convolutions pass bytes to each other (default), or floats.",
@@ -194,6 +201,7 @@ class _Options:
     activations: str
     kind: str
     mode: str
+    latency: Path | None
     chain: bool
     bn_recal: bool
     equalize: bool
@@ -231,6 +239,7 @@ def _quantize(model: Path, options: _Options) -> int:
         activations=options.activations,
         kind=options.kind,
         mode=options.mode,
+        latency=options.latency,
         chain=options.chain,
         bn_recal=options.bn_recal,
         equalize=options.equalize,
@@ -320,6 +329,12 @@ def _check_usage(model: Path, options: _Options) -> None:
         raise click.UsageError("--plan already says what every layer gets: edit the plan instead")
     if options.calib is None and (options.preprocess is not None or options.samples is not None):
         raise click.UsageError("--preprocess and --samples need --calib")
+    if options.latency is not None and (options.calib is None or options.plan_file is not None):
+        raise click.UsageError(
+            "--latency chooses formats by --calib, so it needs that and no --plan"
+        )
+    if options.dry_run and options.latency is not None:
+        raise click.UsageError("--dry-run measures nothing, and --latency counts products")
     if options.dry_run and options.resume:
         raise click.UsageError("--dry-run keeps no journal to --resume from")
     if options.dry_run and options.max_drop is not None:

@@ -9,11 +9,14 @@ from afpq._candidates import Candidate, Target
 from afpq._fields import rounded
 from afpq._measure import Workshop
 from afpq.errors import PlanError
-from afpq.plan import Option, Plan, PlanEntry, allocate
+from afpq.plan import Option, Plan, PlanEntry, allocate, fastest
 
 __all__ = ["DEFAULT_BITS", "Costs"]
 
 DEFAULT_BITS = 5.0
+
+# A faster plan may lose so much more than the one that loses least.
+_LATENCY_LOSS = 1.1
 
 _FRONTIER_POINTS = 13
 _FRONTIER_BITS = 8.0  # where it ends
@@ -24,7 +27,8 @@ class Costs:
     """What every candidate of every tensor stores and loses: a plan under any budget follows from it.
 
     `found` and `losses` go by weight_name and are parallel; tensors that stay float are missing. `objective` says what
-    the losses are, as in `Plan`.
+    the losses are, as in `Plan`. `seconds`, parallel to both, is what the products of one sample take: with it, the
+    fastest plan is chosen whose predicted loss is at most a tenth above the least.
     """
 
     targets: tuple[Target, ...]  # all, in the order of the model
@@ -34,6 +38,7 @@ class Costs:
     shop: Workshop | None = (
         None  # where a second pass measures; None where rounding is not compensated
     )
+    seconds: Mapping[str, Sequence[float]] | None = None
 
     @cached_property
     def active(self) -> tuple[Target, ...]:
@@ -50,16 +55,29 @@ class Costs:
         return sum(min(c.storage_bits for c in choices) for choices in self.found.values())
 
     def choose(self, limit_bits: int) -> dict[str, int]:
-        """For every active tensor the position in `found` that the least sum of losses takes within so many bits."""
-        names = [t.weight_name for t in self.active]
-        options = [
+        """For every active tensor the position in `found` of the best plan within so many bits."""
+        best = allocate(self._options, limit_bits)
+        if self.seconds is not None:
+            seconds = [self.seconds[t.weight_name] for t in self.active]
+            most = _LATENCY_LOSS * math.fsum(
+                group[j].loss for group, j in zip(self._options, best, strict=True)
+            )
+            if most > 0 and any(max(times) > 0 for times in seconds):
+                best = fastest(self._options, seconds, best, limit_bits, most)
+        return self._named(best)
+
+    @cached_property
+    def _options(self) -> list[list[Option]]:
+        return [
             [
                 Option(c.storage_bits, x)
-                for c, x in zip(self.found[name], self.losses[name], strict=True)
+                for c, x in zip(self.found[t.weight_name], self.losses[t.weight_name], strict=True)
             ]
-            for name in names
+            for t in self.active
         ]
-        return dict(zip(names, allocate(options, limit_bits), strict=True))
+
+    def _named(self, choice: Sequence[int]) -> dict[str, int]:
+        return dict(zip((t.weight_name for t in self.active), choice, strict=True))
 
     def predicted(self, choice: Mapping[str, int]) -> float:
         """The sum of losses of a choice."""
@@ -78,7 +96,7 @@ class Costs:
         ]
         points = {}
         for limit in dict.fromkeys(limits):
-            choice = self.choose(limit)
+            choice = self._named(allocate(self._options, limit))
             bits = sum(self.found[name][j].storage_bits for name, j in choice.items())
             points[bits] = rounded(self.predicted(choice)) or 0.0
         return tuple((rounded(bits / self.num_weights) or 0.0, x) for bits, x in points.items())

@@ -17,6 +17,7 @@ from afpq.graph import Model, load_model
 from afpq.journal import Journal
 from afpq.packed import file_bytes, model_files
 from afpq.plan import Plan, check_plan, match_names
+from afpq.rates import read_rates
 from afpq.report import environment, file_facts
 from afpq.runtime import FloatModel
 from afpq.search import MODES
@@ -40,6 +41,7 @@ _SETTINGS = (  # that decide about the bytes
     "exclude",
     "overrides",
     "mode",
+    "rates",
     "chain",
     "bn_recal",
     "equalize",
@@ -67,6 +69,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
     mode: str = "default"
+    rates: Mapping[str, float] | None = None  # see `afpq.rates`
     chain: bool = True
     bn_recal: bool = True
     equalize: bool = False
@@ -105,6 +108,7 @@ def prepare(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    latency: str | Path | None = None,
     chain: bool = True,
     bn_recal: bool = True,
     equalize: bool = False,
@@ -130,6 +134,7 @@ def prepare(
         exclude=tuple(exclude),
         overrides=dict(overrides or {}),
         mode=mode,
+        rates=None if latency is None else read_rates(latency, activations),
         chain=chain,
         bn_recal=bn_recal,
         equalize=equalize,
@@ -142,6 +147,9 @@ def prepare(
         for name, asked in (("max_drop", max_drop is not None), ("equalize", equalize))
         if asked
     ]
+    if latency is not None and (plan is not None or data is None):
+        why = "a plan already has the formats" if plan is not None else "it needs data"
+        raise PlanError(f"latency chooses formats by how often layers multiply: {why}")
     if data is None:
         if judged:
             raise PlanError(f"{judged[0]} needs data to judge by")

@@ -156,7 +156,12 @@ def original_layout(layer: Layer, weight: npt.NDArray[np.float32]) -> npt.NDArra
 
 def reads_bytes(layer: Layer, fmt: AfpFormat) -> bool:
     """Whether kernels round what a layer reads, if its weight has this format: not where they multiply floats."""
-    if layer.kind not in ("matmul", "conv") or fmt.kernel_class == "wide":
+    return fmt.kernel_class != "wide" and has_products(layer)
+
+
+def has_products(layer: Layer) -> bool:
+    """Whether a layer is a matrix product or a convolution of dot products: its format decides how fast it is."""
+    if layer.kind not in ("matmul", "conv"):
         return False
     conv = layer.conv
     return conv is None or not is_planar(layer.n, layer.k, layer.groups, conv.kernel_shape)

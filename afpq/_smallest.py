@@ -49,6 +49,7 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
         exclude=job.exclude,
         overrides=job.overrides,
         mode=job.mode,
+        rates=job.rates,
         threads=job.threads,
         progress=progress,
         journal=job.journal,

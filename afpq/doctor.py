@@ -15,12 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 from afpq.errors import AfpqError
-from afpq.formats import AfpFormat
+from afpq.formats import AfpFormat, encode
 from afpq.packed import PackedLayer
 from afpq.packing import pack
+from afpq.rates import RATE_FORMATS, RATE_MODES
 from afpq.report import environment
 
-__all__ = ["Check", "doctor", "measure"]
+__all__ = ["Check", "doctor", "measure", "measure_rates"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ def measure() -> list[Check]:
             for mode in ("a8", "a16")
         ),
     ]
+
+
+def measure_rates() -> dict[str, dict[str, float]]:
+    """10^9 products a second of every kind of format, by the way to round activations: for `afpq.rates`; one thread."""
+    return {
+        mode: {text: round(_layer_rate(text, mode) / 1e9, 1) for text in RATE_FORMATS}
+        for mode in RATE_MODES
+    }
 
 
 def _attempt(name: str, check: Callable[[], str], *, needed: bool = True) -> Check:
@@ -154,12 +163,14 @@ def _describe_rate(text: str, mode: str) -> str:
 
 def _layer_rate(text: str, mode: str) -> float:
     from afpq import _core
+    from afpq.rounding import best_scale
 
     rng = np.random.default_rng(0)
     fmt = AfpFormat.parse(text)
-    codes = rng.integers(0, fmt.num_magnitudes, (_N, _N), np.uint8)
-    x, scale = rng.standard_normal((_ROWS, _N)).astype(np.float32), np.ones(1, np.float32)
-    data, isa = pack(codes, fmt.bits), _core.kernels.active_isa()
+    # Weights as networks have them: how large their sums get decides which kernels may run.
+    weight, x = (rng.standard_normal((n, _N)).astype(np.float32) for n in (_N, _ROWS))
+    scale = np.array([best_scale(weight, fmt)[0]], np.float32)
+    data, isa = pack(encode(weight, fmt, scale[0]), fmt.bits), _core.kernels.active_isa()
     out, sums = np.zeros((_ROWS, _N), np.float32), _core.column_sums(isa, data, text, _N, _N, 0, 1)
 
     def run() -> None:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from afpq._activation_entry import ActivationEntry, read_activation
-from afpq._allocate import Option, allocate
+from afpq._allocate import Option, allocate, fastest
 from afpq._fields import Fields, nearest, rounded
 from afpq.errors import FormatError, PlanError
 from afpq.formats import AfpFormat
@@ -26,6 +26,7 @@ __all__ = [
     "PlanEntry",
     "allocate",
     "check_plan",
+    "fastest",
     "match_names",
     "parse_overrides",
     "read_format",

@@ -63,6 +63,7 @@ def quantize(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    latency: str | Path | None = None,
     chain: bool = True,
     bn_recal: bool = True,
     equalize: bool = False,
@@ -73,18 +74,20 @@ def quantize(
 ) -> QuantizedModel:
     """Quantizes a model under a budget (5 bits per weight if none is given), or as a plan says.
 
-    With `data` the formats are chosen by measured sensitivity and rounding is compensated; a quarter of the samples is
-    held out to prove that it helps. `max_drop`, in place of a budget, finds the smallest model that loses no more on
-    these: points of top-1 if the data has labels, else percent of changed first classes, else percent of error energy
-    (`facts.goal` says how much it was, how sure that is, and whether the goal was met). `mode` says how much work is
-    done: `quick` rounds to nearest and corrects biases, `best` measures more than `default` and learns rounding with
-    torch. With activations `a8` and data, tensors get static formats, and with `chain` convolutions pass them to each
-    other as bytes. With `bn_recal` means and variances are restored too, of BatchNormalization and of the layers'
-    channels, where the held-out samples say that it helps. `equalize` builds a second model, from equalised weights,
-    and keeps the better one. `stats` spares the calibration. Without data and statistics, formats follow from weight
-    error alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is.
-    `journal` names a folder that keeps what is finished: the same call after a kill goes on from there. It is the
-    caller's to delete.
+    With `data` the formats are chosen by measured sensitivity and rounding is compensated; a quarter of the samples
+    is held out to prove that it helps. `max_drop`, in place of a budget, finds the smallest model that loses no more
+    on these: points of top-1 if the data has labels, else percent of changed first classes, else percent of error
+    energy (`facts.goal` says how much it was, how sure that is, and whether the goal was met). `mode` says how much
+    work is done: `quick` rounds to nearest and corrects biases, `best` measures more than `default` and learns
+    rounding with torch. `latency` is a file of rates (`afpq doctor --measure --save-rates`): the plan is the one with
+    the fastest products of those in the budget whose predicted loss is at most a tenth above the least. With
+    activations `a8` and data, tensors get static formats, and with `chain` convolutions pass them to each other as
+    bytes. With `bn_recal` means and variances are restored too, of BatchNormalization and of the layers' channels,
+    where the held-out samples say that it helps. `equalize` builds a second model, from equalised weights, and keeps
+    the better one. `stats` spares the calibration. Without data and statistics, formats follow from weight error
+    alone. `seed` draws the held-out samples. The same arguments give the same bytes, whatever `threads` is. `journal`
+    names a folder that keeps what is finished: the same call after a kill goes on from there. It is the caller's to
+    delete.
 
     Raises:
         JournalError: the journal belongs to another run, or another process uses it.
@@ -124,6 +127,7 @@ def quantize(
         exclude=exclude,
         overrides=overrides,
         mode=mode,
+        latency=latency,
         chain=chain,
         bn_recal=bn_recal,
         equalize=equalize,
@@ -163,6 +167,7 @@ def find_plan(
             exclude=job.exclude,
             overrides=job.overrides,
             mode=job.mode,
+            rates=job.rates,
             threads=job.threads,
             progress=progress,
             journal=job.journal,

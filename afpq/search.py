@@ -22,6 +22,7 @@ from afpq._candidates import (
 )
 from afpq._costs import Costs
 from afpq._judge import Judge, Objective, choose_objective
+from afpq._layer import has_products
 from afpq._measure import Progress, Workshop, measure_sensitivity, split_samples
 from afpq._second import second_pass
 from afpq._sensitivity import Sensitivity, read_sensitivities, write_sensitivities
@@ -32,6 +33,7 @@ from afpq.formats import AfpFormat
 from afpq.graph import Model, load_model
 from afpq.journal import Journal
 from afpq.plan import Plan, match_names, read_format
+from afpq.rates import product_seconds
 from afpq.runtime import FloatModel
 
 __all__ = [
@@ -88,6 +90,7 @@ def search(
     exclude: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    rates: Mapping[str, float] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
     journal: Journal | None = None,
@@ -105,6 +108,8 @@ def search(
         exclude: names or globs of layers that stay float.
         overrides: format by name or glob, such as {"conv1*": "e2m3"}, `float` to leave it alone; the last one wins.
         mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes, a second pass).
+        rates: how fast formats multiply (`afpq.rates.read_rates`): the plan is the fastest, by its products, of those
+            whose predicted loss is at most a tenth above the least; needs `stats`.
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
         journal: keeps what was measured, should the run be stopped.
@@ -130,6 +135,7 @@ def search(
         exclude=exclude,
         overrides=overrides,
         mode=mode,
+        rates=rates,
         threads=threads,
         progress=progress,
         journal=journal,
@@ -152,6 +158,7 @@ def measure(
     exclude: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
+    rates: Mapping[str, float] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
     journal: Journal | None = None,
@@ -178,7 +185,8 @@ def measure(
         )
         if progress is not None:
             progress("formats", done + 1, len(active))
-    unmeasured = Costs(every, found, {}, "none")
+    seconds = None if rates is None else _seconds(active, found, stats, rates)
+    unmeasured = Costs(every, found, {}, "none", seconds=seconds)
     if not active:
         return unmeasured
     if bits is not None or size is not None:
@@ -187,6 +195,29 @@ def measure(
         model, active, found, stats, data, MODES[mode], threads, progress, journal
     )
     return replace(unmeasured, losses=losses, objective=name, shop=shop)
+
+
+def _seconds(
+    active: Sequence[Target],
+    found: Mapping[str, Sequence[Candidate]],
+    stats: Stats | None,
+    rates: Mapping[str, float],
+) -> dict[str, list[float]]:
+    """What the products of one sample take: nothing where a format does not matter, as on float planes."""
+    if stats is None:
+        raise PlanError(
+            "rates need calibration data: how often a layer multiplies is counted there"
+        )
+
+    result = {}
+    for target in active:
+        layers = [x for x in target.layers if x.name in stats and has_products(x)]
+        positions = sum(stats[layer.name].count for layer in layers) / stats.num_samples
+        result[target.weight_name] = [
+            target.weight.size * positions * product_seconds(rates, c.format)
+            for c in found[target.weight_name]
+        ]
+    return result
 
 
 def _losses(

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,18 @@ def emulator() -> str:
     return found
 
 
+def arm_headers(headers: Path) -> Path:
+    """A folder in which Debian's Python.h finds the part of it that is in a folder for each processor."""
+    folder = BUILD / "headers"
+    here = headers.parent / str(sysconfig.get_config_var("MULTIARCH")) / headers.name
+    there = folder / "aarch64-linux-gnu" / headers.name
+    there.parent.mkdir(parents=True, exist_ok=True)
+    if here.is_dir():
+        with suppress(FileExistsError):  # made before, or by a test beside this one
+            there.symlink_to(here)
+    return folder
+
+
 def build(*targets: str) -> Path:
     """Targets of csrc/CMakeLists.txt for 64-bit Arm, warnings being errors; the folder that they are in."""
     if shutil.which(f"{PREFIX}g++") is None:
@@ -40,6 +53,7 @@ def build(*targets: str) -> Path:
         pytest.skip("needs nanobind and the headers of Python, which the build asks for")
     BUILD.mkdir(parents=True, exist_ok=True)
     options = {
+        "CMAKE_CXX_FLAGS": f"-isystem {arm_headers(headers)}",
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": "aarch64",
         "CMAKE_CXX_COMPILER": f"{PREFIX}g++",

@@ -24,7 +24,7 @@ LAYERS = (
     ("rounding", "packed"),
     ("preprocess", "graph"),
     ("data", "runtime"),
-    ("calibrate", "plan", "correct", "rewrite"),
+    ("calibrate", "plan", "rates", "correct", "rewrite"),
     ("activations", "compensate", "restore"),
     ("equalize", "learn", "search"),
     ("bench", "doctor", "evaluate", "export", "quantize", "report", "simulate", "sweep", "verify"),
