@@ -105,12 +105,10 @@ def _solve(
         [j for j in front if group[j].loss - low <= slack * (1 + 1e-9)]
         for group, front, low in zip(options, fronts, least, strict=True)
     ]
-    owner = np.repeat(np.arange(len(kept)), [len(front) for front in kept])
-    flat = [(i, j) for i, front in enumerate(kept) for j in front]
+    flat, one_each = _variables(kept)
     base = [min(options[i][j].storage_bits for j in front) for i, front in enumerate(kept)]
     bits = np.array([options[i][j].storage_bits - base[i] for i, j in flat], np.int64)
     loss = np.array([(options[i][j].loss - least[i]) / slack for i, j in flat])
-    one_each = sparse.csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
     room = budget_bits - sum(base)
     unit = int(np.gcd.reduce(bits)) or 1
     limit = room // unit
@@ -135,17 +133,17 @@ def fastest(
 ) -> list[int]:
     """The choice of least time within the budget whose losses add up to no more than `most_loss`.
 
-    `choice`, which fulfils both, comes back where nothing faster is found. Deterministic; within a thousandth of the
-    least time.
+    `choice`, which fulfils both, comes back where nothing faster is found. Deterministic; within some thousandths of
+    the least time, since of what is equally fast the plan with less loss counts.
     """
+    total = _time(seconds, choice)
+    if total <= 0 or most_loss <= 0:
+        return list(choice)
     kept = [
         _undominated([(o.storage_bits, o.loss, t) for o, t in zip(group, times, strict=True)])
         for group, times in zip(options, seconds, strict=True)
     ]
-    owner = np.repeat(np.arange(len(kept)), [len(group) for group in kept])
-    flat = [(i, j) for i, group in enumerate(kept) for j in group]
-    one_each = sparse.csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
-    total = _time(seconds, choice)
+    flat, one_each = _variables(kept)
     bits = np.array([options[i][j].storage_bits for i, j in flat], float) / budget_bits
     loss = np.array([options[i][j].loss for i, j in flat]) / most_loss
     time = np.array([seconds[i][j] for i, j in flat]) / total
@@ -178,6 +176,13 @@ def _undominated(costs: Sequence[tuple[int, float, float]]) -> list[int]:
 
 def _time(seconds: Sequence[Sequence[float]], choice: Sequence[int]) -> float:
     return math.fsum(times[j] for times, j in zip(seconds, choice, strict=True))
+
+
+def _variables(kept: Sequence[Sequence[int]]) -> tuple[list[tuple[int, int]], Any]:
+    """Group and position of every variable, and the rows that add up the variables of each group."""
+    flat = [(i, j) for i, group in enumerate(kept) for j in group]
+    owner = [i for i, _ in flat]
+    return flat, sparse.csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
 
 
 def _milp(

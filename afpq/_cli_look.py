@@ -123,14 +123,16 @@ def doctor(*, measure: bool, save_rates: Path | None, as_json: bool) -> int:
         raise click.UsageError("--save-rates needs --measure")
     from afpq.doctor import doctor as run
     from afpq.doctor import measure as peaks
-    from afpq.doctor import measure_rates
     from afpq.rates import rates_json
     from afpq.report import environment, write_text
 
-    checks = [*run(), *(peaks() if measure else [])]
+    checks = run()
+    if measure:
+        measured, rates = peaks()
+        checks += measured
     failed = any(not check.passed for check in checks)
     if save_rates is not None and not failed:
-        write_text(save_rates, rates_json(environment()["isa"], measure_rates()))
+        write_text(save_rates, rates_json(environment()["isa"], rates))
     if as_json:
         print_json({"passed": not failed, "checks": [asdict(check) for check in checks]})
     else:

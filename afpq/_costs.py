@@ -59,11 +59,8 @@ class Costs:
         best = allocate(self._options, limit_bits)
         if self.seconds is not None:
             seconds = [self.seconds[t.weight_name] for t in self.active]
-            most = _LATENCY_LOSS * math.fsum(
-                group[j].loss for group, j in zip(self._options, best, strict=True)
-            )
-            if most > 0 and any(max(times) > 0 for times in seconds):
-                best = fastest(self._options, seconds, best, limit_bits, most)
+            most = _LATENCY_LOSS * self.predicted(self._named(best))
+            best = fastest(self._options, seconds, best, limit_bits, most)
         return self._named(best)
 
     @cached_property

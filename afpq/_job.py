@@ -41,7 +41,7 @@ _SETTINGS = (  # that decide about the bytes
     "exclude",
     "overrides",
     "mode",
-    "rates",
+    "latency",
     "chain",
     "bn_recal",
     "equalize",
@@ -69,7 +69,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)  # pattern -> format
     mode: str = "default"
-    rates: Mapping[str, float] | None = None  # see `afpq.rates`
+    latency: Mapping[str, float] | None = None  # the rates of its activations, see `afpq.rates`
     chain: bool = True
     bn_recal: bool = True
     equalize: bool = False
@@ -134,7 +134,7 @@ def prepare(
         exclude=tuple(exclude),
         overrides=dict(overrides or {}),
         mode=mode,
-        rates=None if latency is None else read_rates(latency, activations),
+        latency=None if latency is None else read_rates(latency, activations),
         chain=chain,
         bn_recal=bn_recal,
         equalize=equalize,

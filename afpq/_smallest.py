@@ -49,7 +49,7 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
         exclude=job.exclude,
         overrides=job.overrides,
         mode=job.mode,
-        rates=job.rates,
+        rates=job.latency,
         threads=job.threads,
         progress=progress,
         journal=job.journal,

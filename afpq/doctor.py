@@ -21,7 +21,7 @@ from afpq.packing import pack
 from afpq.rates import RATE_FORMATS, RATE_MODES
 from afpq.report import environment
 
-__all__ = ["Check", "doctor", "measure", "measure_rates"]
+__all__ = ["Check", "doctor", "measure"]
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,27 @@ def doctor() -> list[Check]:
     return checks
 
 
-def measure() -> list[Check]:
-    """What this machine can do: peaks that layers are held against, in a second or two; one thread."""
-    return [
+def measure() -> tuple[list[Check], dict[str, dict[str, float]]]:
+    """What this machine can do, in a few seconds: peaks that layers are held against, and rates for `afpq.rates`.
+
+    The rates are 10^9 products a second of every kind of format, by the way to round activations. One thread.
+    """
+    rates: dict[str, dict[str, float]] = {mode: {} for mode in RATE_MODES}
+
+    def layer(text: str, mode: str) -> str:
+        rate = rates[mode][text] = round(_layer_rate(text, mode) / 1e9, 1)
+        return f"{rate} GMAC/s, decoding and rounding included"
+
+    checks = [
         _attempt("memory", lambda: f"{_memory_rate() / 1e9:.1f} GB/s read"),
         _attempt("float32", lambda: f"{_float_rate() / 1e9:.1f} GMAC/s, onnxruntime's MatMul"),
         *(
-            _attempt(f"{text} {mode}", partial(_describe_rate, text, mode))
-            for text in ("e2m1", "e2m3", "e3m2")
-            for mode in ("a8", "a16")
+            _attempt(f"{text} {mode}", partial(layer, text, mode))
+            for text in RATE_FORMATS
+            for mode in RATE_MODES
         ),
     ]
-
-
-def measure_rates() -> dict[str, dict[str, float]]:
-    """10^9 products a second of every kind of format, by the way to round activations: for `afpq.rates`; one thread."""
-    return {
-        mode: {text: round(_layer_rate(text, mode) / 1e9, 1) for text in RATE_FORMATS}
-        for mode in RATE_MODES
-    }
+    return checks, rates
 
 
 def _attempt(name: str, check: Callable[[], str], *, needed: bool = True) -> Check:
@@ -155,10 +157,6 @@ def _float_rate() -> float:
     opened = session(ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString(), threads=1)
     feed = {"x": rng.random((_ROWS, _N), np.float32)}
     return _ROWS * _N * _N / _best_time(lambda: opened.run(None, feed))
-
-
-def _describe_rate(text: str, mode: str) -> str:
-    return f"{_layer_rate(text, mode) / 1e9:.1f} GMAC/s, decoding and rounding included"
 
 
 def _layer_rate(text: str, mode: str) -> float:

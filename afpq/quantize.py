@@ -167,7 +167,7 @@ def find_plan(
             exclude=job.exclude,
             overrides=job.overrides,
             mode=job.mode,
-            rates=job.rates,
+            rates=job.latency,
             threads=job.threads,
             progress=progress,
             journal=job.journal,

@@ -53,7 +53,7 @@ def build(*targets: str) -> Path:
         pytest.skip("needs nanobind and the headers of Python, which the build asks for")
     BUILD.mkdir(parents=True, exist_ok=True)
     options = {
-        "CMAKE_CXX_FLAGS": f"-isystem {arm_headers(headers)}",
+        "CMAKE_CXX_FLAGS": f'-isystem "{arm_headers(headers)}"',
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": "aarch64",
         "CMAKE_CXX_COMPILER": f"{PREFIX}g++",

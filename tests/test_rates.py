@@ -73,7 +73,9 @@ def test_files_that_are_no_rates_are_refused(tmp_path: Path, text: str, message:
 
 
 GROUP = st.lists(
-    st.tuples(st.integers(1, 40), st.floats(0.01, 4), st.floats(0.0, 4)), min_size=1, max_size=5
+    st.tuples(st.integers(1, 40), st.floats(0.01, 4), st.integers(0, 400).map(lambda t: t / 100)),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -91,8 +93,6 @@ def test_the_fastest_is_as_fast_as_brute_force(groups: list, share: float, more:
 
     start = allocate(options, budget)
     most = more * total(start)[1]
-    if total(start)[2] == 0:
-        return
     found = total(fastest(options, seconds, start, budget, most))
     assert found[0] <= budget and found[1] <= most * (1 + 1e-12)
     every = map(total, itertools.product(*(range(len(g)) for g in groups)))

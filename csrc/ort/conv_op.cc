@@ -19,10 +19,8 @@ std::vector<int64_t> dims_of(const ConvShape& shape, size_t rank, int64_t batch,
   return dims;
 }
 
-// Offsets into a sample are 32-bit numbers, also where channels are padded to blocks.
 void check_size(const ConvShape& shape, const std::vector<int64_t>& dims) {
-  const size_t channels = ceil_div(shape.channels_in, size_t{kTileN}) * kTileN;
-  if (shape.num_in() * channels >= size_t{1} << 31) {
+  if (shape.num_in() * shape.channels_in >= size_t{1} << 31) {
     throw Error(kNotImplemented,
                 "X has shape " + to_string(dims) + ", a sample of more than 2^31 elements");
   }

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -17,6 +18,9 @@
 #include "kernels/kernels.h"
 
 namespace afpq::tests {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // SplitMix64. Floats are sums of integers times a power of two: no library, no rounding.
 class Random {

@@ -1,7 +1,5 @@
 // Matrix products, convolutions and tables from end to end, on both tables; and one checksum of all
 // results, which every processor must reach.
-#include <limits>
-
 #include "drivers/conv.h"
 #include "drivers/gather.h"
 #include "drivers/matmul.h"
@@ -9,8 +7,6 @@
 
 namespace afpq::tests {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const Parallel kSerial = {[](void*, size_t total, void (*task)(void*, size_t), void* user) {
                             for (size_t i = 0; i < total; ++i) task(user, i);

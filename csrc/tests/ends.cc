@@ -1,14 +1,9 @@
 // Kernels at the end of a layer, and those that work on float planes, compared with the scalar
 // ones.
-#include <limits>
-
 #include "tests/check.h"
 
 namespace afpq::tests {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Bounds {
   float low, high;

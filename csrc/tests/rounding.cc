@@ -2,15 +2,11 @@
 // scalar ones.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "tests/check.h"
 
 namespace afpq::tests {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 void compare_range(Comparison* comparison) {
   comparison->begin("range_f32");
