@@ -113,3 +113,23 @@ class kernels:  # a submodule: the raw kernel tables
     def isa_names() -> list[str]: ...
     @staticmethod
     def active_isa() -> str: ...
+
+# training: `format` is what afpq.floats.kernel_numbers makes; without a seed rounding is to nearest
+def round_values(
+    isa: str,
+    threads: int,
+    format: tuple[float, float, float, float, int, int],
+    seed: int | None,
+    src: npt.NDArray[np.float32],
+    dst: npt.NDArray[np.float32],
+) -> None: ...
+def multiply_rounded(
+    isa: str,
+    threads: int,
+    format: tuple[float, float, float, float, int, int],
+    seed: int | None,
+    chunk: int,
+    lhs: npt.NDArray[np.float32],
+    rhs: npt.NDArray[np.float32],
+    dst: npt.NDArray[np.float32],
+) -> None: ...

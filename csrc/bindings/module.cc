@@ -9,4 +9,5 @@ NB_MODULE(_core, module) {
   bind_kernels(module);
   bind_rounding(module);
   bind_drivers(module);
+  bind_train(module);
 }
