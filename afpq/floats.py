@@ -28,7 +28,9 @@ Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 
 _MAX_EXPONENT_BITS = 8
-_MAX_MANTISSA_BITS = 10  # sums of two such numbers round the same way with and without a float32 between
+_MAX_MANTISSA_BITS = (
+    10  # sums of two such numbers round the same way with and without a float32 between
+)
 _RESOLUTION = 31  # bits of the probabilities of stochastic rounding
 
 

@@ -1,0 +1,1 @@
+"""What the scripts reproduce_* share: data, networks, runs and tables."""
