@@ -158,7 +158,7 @@ def run_cifar(recipe: Recipe, seed: int, epochs: int) -> Outcome:
         x = _shifted(images[indices]).contiguous(memory_format=torch.channels_last)
         return functional.cross_entropy(net(x), labels[indices])
 
-    final = _train(loss_of, optimizer, len(images), 64, epochs, warmup=40)
+    final = _train(loss_of, optimizer, len(images), 128, epochs, warmup=40)
     return Outcome(_top1(net, *cifar("test")), final, optimizer.skipped, optimizer.scale)
 
 
@@ -185,7 +185,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("mnist", "top-1 %", True, 3, run_mnist, lambda: True),
-        Task("cifar10", "top-1 %", True, 10, run_cifar, (DATA / "cifar10").is_dir),
+        Task("cifar10", "top-1 %", True, 12, run_cifar, (DATA / "cifar10").is_dir),
         Task("stories", "nats/token", False, 12, run_stories, (DATA / "tinystories").is_dir),
     )
 }
