@@ -23,6 +23,9 @@ from .nets import ResNet20, Transformer, lenet5
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 _EVALUATION_BATCH = 500
+_MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
+_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
+BLACK = -_MEAN / _DEVIATION
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,12 @@ def cifar(part: str) -> tuple[Tensor, Tensor]:
     with np.load(DATA / "cifar10" / f"{part}.npz") as file:
         images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2).float() / 255
         labels = torch.from_numpy(file["labels"]).long()
-    mean = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
-    deviation = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
-    images = (images - mean) / deviation
-    return images.to(memory_format=torch.channels_last), labels
+    return ((images - _MEAN) / _DEVIATION).to(memory_format=torch.channels_last), labels
 
 
-def _shifted(images: Tensor) -> Tensor:
-    """Images moved by up to 4 pixels, each second one mirrored."""
-    padded = functional.pad(images, (4, 4, 4, 4))
+def shifted(images: Tensor, border: Tensor | float = 0.0) -> Tensor:
+    """Images moved by up to 4 pixels, each second one mirrored; `border` comes in from outside."""
+    padded = functional.pad(images - border, (4, 4, 4, 4)) + border
     dy, dx = torch.randint(0, 9, (2, len(images)))
     flip = torch.rand(len(images)) < 0.5
     rows = [padded[i, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(zip(dy, dx))]
@@ -155,7 +155,7 @@ def run_cifar(recipe: Recipe, seed: int, epochs: int) -> Outcome:
     optimizer = afpq.train.optimizer(inner, recipe)
 
     def loss_of(indices: Tensor) -> Tensor:
-        x = _shifted(images[indices]).contiguous(memory_format=torch.channels_last)
+        x = shifted(images[indices]).contiguous(memory_format=torch.channels_last)
         return functional.cross_entropy(net(x), labels[indices])
 
     final = _train(loss_of, optimizer, len(images), 128, epochs, warmup=40)
