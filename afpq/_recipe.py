@@ -31,6 +31,9 @@ class Operands:
     errors: Rounding | None = None
 
 
+_NO_SCALING = ConstantScale()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A training system, to be emulated in float32: `afpq.train.convert` and `afpq.train.optimizer` carry it out.
@@ -44,7 +47,7 @@ class Recipe:
     `residual`, a weight is kept as its 8-bit value, rounded as in the forward product, and the rest in `master`.
     """
 
-    operands: Operands = Operands()  # noqa: RUF009 - frozen
+    operands: Operands = Operands()
     first: Operands | None = None
     last: Operands | None = None
     exempt: tuple[str, ...] = ()
@@ -54,7 +57,7 @@ class Recipe:
     master: Rounding | None = None
     state: Rounding | None = None
     residual: bool = False
-    loss_scale: LossScale = ConstantScale()  # noqa: RUF009 - frozen
+    loss_scale: LossScale = _NO_SCALING
 
 
 _E5M2 = FloatFormat(5, 2)  # every code is a number

@@ -21,7 +21,6 @@ class RoundedLayer(nn.Module):
 
     operands: Operands
     recipe: Recipe
-    weight: nn.Parameter
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.operands}"
@@ -95,7 +94,7 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
     if not layers:
         raise ModelError("no Linear or Conv layer to convert")
     for place, (path, layer) in enumerate(layers):
-        kind: type[nn.Module] = bases.get(type(layer), type(layer))  # type: ignore[arg-type]
+        kind: type[nn.Module] = bases.get(type(layer), type(layer))
         operands = recipe.operands
         if place == 0 and recipe.first is not None:
             operands = recipe.first
@@ -143,7 +142,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Conv(torch.autograd.Function):
-    """y = x * w with x [samples, channels, ..] and w [n, channels / groups, ..]; place: strides, pads, dilations, groups."""
+    """y = x * w with x [samples, channels, ..] and w [n, channels / groups, ..]; place: strides, pads, .., groups."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Small floats of training: any split of bits, with what their designers reserve, and rounding to nearest or stochastic.
+"""Small floats of training: any split of bits, with the codes that designers reserve, and two ways to round.
 
 `formats` holds the formats of packed weights, which have at most 8 bits and no special codes; here is what training
 in 8 and 16 bits needs besides: infinities or codes that are not numbers, floats without subnormals, overflow that does
@@ -114,7 +114,7 @@ class FloatFormat:
 
 @cache
 def float_magnitudes(fmt: FloatFormat) -> npt.NDArray[np.float64]:
-    """The numbers of a format from 0 up, in the order of their codes, and the one that would follow: beyond is overflow."""
+    """The numbers of a format from 0 up, in the order of their codes, and the one that would follow, beyond them."""
     code = np.arange((1 << (fmt.bits - 1)) - fmt.reserved_codes + 1, dtype=np.int64)
     exponent, mantissa = code >> fmt.mantissa_bits, code & ((1 << fmt.mantissa_bits) - 1)
     fraction = mantissa / (1 << fmt.mantissa_bits)
@@ -130,7 +130,7 @@ def float_magnitudes(fmt: FloatFormat) -> npt.NDArray[np.float64]:
 
 
 def round_to(x: Floats, fmt: FloatFormat, words: Words | None = None) -> Floats:
-    """`x` rounded to numbers of a format: to nearest, ties to the even code, or with `words` of its shape stochastically.
+    """`x` rounded to numbers of a format: to nearest, ties to the even code, or with `words` stochastically.
 
     Stochastic: of the two neighbours low and high of |x|, the word w < 2^32 picks high if floor(w / 2) + t >= 2^31
     with t = floor(2^31 * (|x| - low) / (high - low)), so the mean is x to 2^-31 of their distance (Wang et al. 2018).
@@ -182,10 +182,11 @@ def random_words(seed: int, counters: npt.NDArray[np.uint64], *high: int) -> Wor
 
 
 def element_words(seed: int, size: int) -> Words:
-    """The words by which the elements of a tensor are rounded: element 64 b + 16 w + l has word w of counter 16 b + l."""
+    """The words by which a tensor is rounded: element 64 b + 16 w + l has word w of counter 16 b + l."""
     blocks = -(-size // 64)
     words = random_words(seed, np.arange(16 * blocks, dtype=np.uint64))
-    return words.reshape(4, blocks, 16).swapaxes(0, 1).reshape(-1)[:size]
+    ordered: Words = words.reshape(4, blocks, 16).swapaxes(0, 1).reshape(-1)
+    return ordered[:size]
 
 
 def multiply_rounded(
@@ -217,7 +218,7 @@ def multiply_rounded(
 
 
 def kernel_numbers(fmt: FloatFormat) -> tuple[float, float, float, float, int, int]:
-    """A format as the kernels take it: low_limit, max, overflow, step; dropped bits and tie flip (csrc/train/kernels.h)."""
+    """A format as csrc/train/kernels.h has it: low_limit, max, overflow, step; dropped bits and tie flip."""
     values = float_magnitudes(fmt)
     if fmt.exponent_bits == 0:
         limit = np.inf

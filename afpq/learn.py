@@ -23,14 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from afpq._blocks import block_borders
 from afpq._feeds import Feed
-from afpq._judge import LOWEST_PROBABILITY, Objective, num_classes
+from afpq._judge import Objective
 from afpq._learned_weight import LearnedWeight
 from afpq._moments import channel_axis
 from afpq._torch_graph import TorchGraph, UnsupportedError, as_tensor
+from afpq._torch_loss import mean_loss, output_loss
 from afpq.compensate import Choice
 from afpq.correct import can_correct
 from afpq.data import Data
@@ -187,7 +187,7 @@ class _Learner:
             batch = self._read(feed)
             with torch.no_grad():
                 got = self._graph(batch.tensors, weights, biases)
-                return float(self._output_loss(got, batch.wanted)), len(batch.wanted[0])
+                return float(output_loss(self._objective, got, batch.wanted)), len(batch.wanted[0])
 
         found = list(self._pool.map(losses, feeds))
         return float(np.average([x for x, _ in found], weights=[n for _, n in found]))
@@ -201,9 +201,8 @@ class _Learner:
         def gradient(feed: Feed) -> tuple[Tensor, ...]:
             batch = self._read(feed)
             got = self._graph(batch.tensors, weights, biases)
-            loss = self._output_loss(got, batch.wanted) + _BLOCKS * self._block_loss(
-                got, batch.wanted, powers
-            )
+            loss = output_loss(self._objective, got, batch.wanted)
+            loss = loss + _BLOCKS * self._block_loss(got, batch.wanted, powers)
             return torch.autograd.grad(loss / len(feeds), leaves)
 
         # Summed in one order, whatever thread was first.
@@ -213,26 +212,12 @@ class _Learner:
             self.weights[name].set_gradients(value.detach(), total)
         return dict(zip(biases, sums[len(weights) :], strict=True))
 
-    def _output_loss(self, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-        if self._objective.name == "kl":
-            p, q = (
-                _log_probabilities(x[0], self._objective.is_distribution) for x in (wanted, got)
-            )
-            return functional.kl_div(q, p, log_target=True, reduction="batchmean")
-        count = self._num_outputs
-        return _mean(
-            [
-                (a - b).square().sum() / b.square().sum().clamp(min=1e-30)
-                for a, b in zip(got[:count], wanted[:count], strict=True)
-            ]
-        )
-
     def _block_loss(
         self, got: Sequence[Tensor], wanted: Sequence[Tensor], powers: Sequence[float]
     ) -> Tensor:
         count = self._num_outputs
         triples = zip(got[count:], wanted[count:], powers[count:], strict=True)
-        return _mean([(a - b).square().mean() / power for a, b, power in triples])
+        return mean_loss([(a - b).square().mean() / power for a, b, power in triples])
 
     def powers(self, feeds: Sequence[Feed]) -> list[float]:
         """The variance of each tensor that is wanted."""
@@ -354,15 +339,3 @@ class _Fit:
 def _bias(layer: Layer, biases: Mapping[str, Floats]) -> Floats:
     own = np.zeros(layer.n, np.float32) if layer.bias is None else layer.bias
     return biases.get(layer.name, own)
-
-
-def _mean(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(losses)).mean() if losses else torch.zeros(())
-
-
-def _log_probabilities(x: Tensor, is_distribution: bool) -> Tensor:
-    rows = x.reshape(-1, num_classes(x.shape))
-    if not is_distribution:
-        return rows.log_softmax(-1)
-    clamped = rows.clamp(min=LOWEST_PROBABILITY)
-    return (clamped / clamped.sum(-1, keepdim=True)).log()

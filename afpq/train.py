@@ -11,8 +11,8 @@
         opt.step()
 
 A `Recipe` says which format every role has: weights, activations and errors as products read them, weight gradients,
-partial sums, what the optimizer keeps. Tensors are float32 throughout and hold numbers of these formats; `afpq.floats` is
-the definition. Nothing gets faster by it: it shows what a format costs before there is hardware for it.
+partial sums, what the optimizer keeps. Tensors are float32 throughout and hold numbers of these formats; `afpq.floats`
+is the definition. Nothing gets faster by it: it shows what a format costs before there is hardware for it.
 """
 
 from afpq.errors import RuntimeUnavailableError
@@ -24,6 +24,7 @@ except ImportError as error:
         "afpq.train needs torch, which is missing: pip install 'afpq[torch]'"
     ) from error
 
+from afpq._finetune import finetune
 from afpq._loss_scale import BackOff, ConstantScale, LogMax, LossScale, ScaleState
 from afpq._recipe import RECIPES, Operands, Recipe, Rounding, gallus2018
 from afpq._train_layers import RoundedConv, RoundedLayer, RoundedLinear, convert
@@ -47,6 +48,7 @@ __all__ = [
     "Rounding",
     "ScaleState",
     "convert",
+    "finetune",
     "gallus2018",
     "optimizer",
     "round_tensor",

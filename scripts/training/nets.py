@@ -1,6 +1,5 @@
 """The three networks of the training experiments."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from afpq.train import Recipe
 
 from afpq import _core
+from afpq.train import Recipe
 
 from .tasks import TASKS, Outcome
 

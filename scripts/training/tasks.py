@@ -1,7 +1,7 @@
-"""The three training tasks: one function each, from a recipe, a seed and a number of epochs to what the network reached.
+"""The three training tasks: one function each, from a recipe, a seed and a number of epochs to a result.
 
-Data comes from ../shared/data; where that is absent, MNIST is scikit-learn's 1797 handwritten digits at 28 x 28, and the
-other tasks are left out. Images and texts that are measured are never trained on.
+Data comes from ../shared/data; where that is absent, MNIST is scikit-learn's 1797 handwritten digits at 28 x 28, and
+the other tasks are left out. Images and texts that are measured are never trained on.
 """
 
 import math
@@ -62,7 +62,7 @@ def _train(
     epochs: int,
     warmup: int = 0,
 ) -> float:
-    """Trains with a rate that rises for `warmup` steps and then falls like a cosine; the mean loss of the last epoch."""
+    """Trains with a rate that rises for `warmup` steps, then falls like a cosine; the mean loss of the last epoch."""
     steps = epochs * (size // batch)
 
     def factor(step: int) -> float:
@@ -141,7 +141,9 @@ def shifted(images: Tensor, border: Tensor | float = 0.0) -> Tensor:
     padded = functional.pad(images - border, (4, 4, 4, 4)) + border
     dy, dx = torch.randint(0, 9, (2, len(images)))
     flip = torch.rand(len(images)) < 0.5
-    rows = [padded[i, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(zip(dy, dx))]
+    rows = [
+        padded[i, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(zip(dy, dx, strict=True))
+    ]
     moved = torch.stack(rows)
     return torch.where(flip.reshape(-1, 1, 1, 1), moved.flip(3), moved)
 
