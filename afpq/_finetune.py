@@ -59,7 +59,7 @@ def finetune(
     validation: object = None,
     steps: int = 1000,
     batch_size: int = 32,
-    rate: float = 3e-3,
+    rate: float = 1e-2,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
@@ -207,7 +207,7 @@ class _Student(nn.Module):
             if weight.log_scale.requires_grad:
                 result.append({"params": [weight.log_scale], "lr": _SCALE_SHARE * rate})
         for path in self.places:
-            bias = self.module.get_submodule(path).bias
+            bias = getattr(self.module.get_submodule(path), "bias", None)
             if isinstance(bias, nn.Parameter) and bias.requires_grad:
                 size = float(bias.detach().square().mean().sqrt()) or 1.0
                 result.append({"params": [bias], "lr": rate * size})

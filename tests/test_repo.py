@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 # modules (`_name`) are parts of the public ones that use them: what they import counts for those.
 LAYERS = (
     ("errors",),
-    ("formats", "journal"),
+    ("floats", "formats", "journal"),
     ("packing",),
     ("rounding", "packed"),
     ("preprocess", "graph"),
@@ -29,17 +29,19 @@ LAYERS = (
     ("equalize", "learn", "search"),
     ("bench", "doctor", "evaluate", "export", "quantize", "report", "simulate", "sweep", "verify"),
     ("cli", "torch"),
+    ("train",),
 )
 RANKS = {name: rank for rank, group in enumerate(LAYERS) for name in group}
 
-NEED_TORCH = {"learn", "torch"}
+NEED_TORCH = {"learn", "torch", "train"}
 
 # The same for C++: a folder includes only itself and folders before it; bindings and ort do not see each other.
 INCLUDES = {
     "core": {"core"},
     "kernels": {"core", "kernels"},
     "drivers": {"core", "kernels", "drivers"},
-    "bindings": {"core", "kernels", "drivers", "bindings"},
+    "train": {"core", "train"},
+    "bindings": {"core", "kernels", "drivers", "train", "bindings"},
     "ort": {"core", "kernels", "drivers", "ort"},
     "tests": {"core", "kernels", "drivers", "tests"},
 }
@@ -182,8 +184,9 @@ def test_includes_point_down(path: Path) -> None:
 
 def isa_files() -> list[Path]:
     """The files that are compiled with the flags of one instruction set, and what they include."""
-    shared = {"kernels.h", "dispatch.h", "dispatch.cc"}
-    return [p for p in sources(CSRC / "kernels") if p.name not in shared]
+    shared = {"kernels.h", "dispatch.h", "dispatch.cc", "train.h", "train.cc"}
+    folders = (CSRC / "kernels", CSRC / "train")
+    return [p for folder in folders for p in sources(folder) if p.name not in shared]
 
 
 @pytest.mark.parametrize("path", isa_files(), ids=lambda p: p.name)
