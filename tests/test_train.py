@@ -1,6 +1,7 @@
-"""Emulated training: layers against torch and the definition, optimizer, loss scaling, recipes and fine-tuning."""
+"""Emulated training: layers against torch and the definition, optimizer, loss scaling, recipes."""
 
 import copy
+import doctest
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
-import afpq  # noqa: E402
-import afpq.torch  # noqa: E402
+import afpq.train  # noqa: E402
 from afpq._train_round import _round_anywhere, multiply  # noqa: E402
 from afpq.train import (  # noqa: E402
     RECIPES,
@@ -30,7 +30,6 @@ from afpq.train import (  # noqa: E402
     Rounding,
     ScaleState,
     convert,
-    finetune,
     gallus2018,
     optimizer,
     round_tensor,
@@ -44,9 +43,12 @@ SUMS = Rounding(E6M9)
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(before)
 
 
 def layers() -> nn.Module:
@@ -230,19 +232,15 @@ def test_recipes_train(name: str) -> None:
 
 def test_the_same_seed_gives_the_same_training() -> None:
     def trained(threads: int) -> Tensor:
-        before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        try:
-            torch.manual_seed(5)
-            net = convert(nn.Sequential(nn.Linear(300, 500)), RECIPES["mellempudi2019"])
-            opt = optimizer(torch.optim.SGD(net.parameters(), lr=0.1), RECIPES["mellempudi2019"])
-            for _ in range(3):
-                opt.zero_grad()
-                opt.backward(net(torch.ones(1, 300)).square().mean())
-                opt.step()
-            return net[0].weight.detach().clone()
-        finally:
-            torch.set_num_threads(before)
+        torch.manual_seed(5)
+        net = convert(nn.Sequential(nn.Linear(300, 500)), RECIPES["mellempudi2019"])
+        opt = optimizer(torch.optim.SGD(net.parameters(), lr=0.1), RECIPES["mellempudi2019"])
+        for _ in range(3):
+            opt.zero_grad()
+            opt.backward(net(torch.ones(1, 300)).square().mean())
+            opt.step()
+        return net[0].weight.detach().clone()
 
     assert torch.equal(trained(1), trained(2))
 
@@ -347,106 +345,10 @@ def test_states_are_plain_numbers() -> None:
     assert BackOff().start() == ScaleState(65536.0)
 
 
-def blobs(size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Four classes around the corners of a square, in 16 dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 4, (size,), generator=generator)
-    centres = torch.randn(4, 16, generator=torch.Generator().manual_seed(9))
-    return centres[labels] + 0.9 * torch.randn(size, 16, generator=generator), labels
-
-
-@pytest.fixture(scope="module")
-def classifier() -> nn.Module:
-    torch.manual_seed(1)
-    net = nn.Sequential(
-        nn.Linear(16, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4)
-    )  # fmt: skip
-    opt = torch.optim.Adam(net.parameters(), lr=3e-3)
-    x, y = blobs(2000, 0)
-    for _ in range(200):
-        opt.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        opt.step()
-    return net.eval()
-
-
-def divergence(net: nn.Module, other: nn.Module) -> float:
-    x, _ = blobs(2000, 2)
-    with torch.no_grad():
-        p, q = (m(x).log_softmax(1) for m in (net, other))
-    return float((p.exp() * (p - q)).sum(1).mean())
-
-
-def test_fine_tuning_regains_what_two_bits_lose(classifier: nn.Module, tmp_path) -> None:
-    x, y = blobs(2000, 0)
-    overrides = {"*": "e0m1"}
-    start = afpq.torch.quantize(classifier, x[:200], overrides=overrides, mode="quick")
-    plan = start.model.plan
-    tuned = finetune(
-        classifier, plan, (x, y), steps=1000, mode="quick", validation=blobs(500, 3)
-    )  # fmt: skip
-    before, after = (divergence(classifier, r.module) for r in (start, tuned))
-    assert after < 0.5 * before
-    assert tuned.model.plan == plan
-    path = tmp_path / "tuned.onnx"
-    tuned.model.save(path)
-    assert afpq.verify(path) == []
-    session = afpq.load(path).session(threads=1)
-    inputs = blobs(50, 4)[0]
-    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    with torch.no_grad():
-        expected = tuned.module(inputs).numpy()
-    assert np.allclose(found, expected, atol=1e-5)
-
-
-def test_fine_tuning_takes_a_loss_and_batches(classifier: nn.Module) -> None:
-    x, y = blobs(640, 0)
-    plan = afpq.torch.quantize(classifier, x, bits=3, mode="quick").model.plan
-    seen = []
-
-    def loss(outputs: Tensor, labels: Tensor | None) -> Tensor:
-        assert labels is not None
-        seen.append(len(labels))
-        return nn.functional.cross_entropy(outputs, labels)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(x.split(64), y.split(64))
-
-    finetune(classifier, plan, batches, loss=loss, steps=12, mode="quick")
-    assert seen == [64] * 12
-
-
-def test_validation_never_returns_worse_than_the_start(classifier: nn.Module) -> None:
-    x, y = blobs(400, 0)
-    start = afpq.torch.quantize(classifier, x, bits=4, mode="quick")
-    plan = start.model.plan
-    wild = finetune(
-        classifier, plan, (x, y), rate=5.0, steps=16, mode="quick", validation=blobs(500, 3)
-    )
-    assert divergence(classifier, wild.module) <= 1.1 * divergence(classifier, start.module)
-
-
-def test_a_loss_that_is_not_finite_is_refused(classifier: nn.Module) -> None:
-    x, _ = blobs(400, 0)
-    plan = afpq.torch.quantize(classifier, x, bits=4, mode="quick").model.plan
-    with pytest.raises(ModelError, match="loss of step 0 is nan"):
-        finetune(classifier, plan, x, loss=lambda out, _: out.sum() * math.nan, mode="quick")
-
-
-def test_tied_weights_stay_tied() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(40, 24)
-            self.middle = nn.Linear(24, 24)
-            self.logits = nn.Linear(24, 40, bias=False)
-            self.logits.weight = self.embed.weight
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.logits(self.middle(self.embed(tokens)).relu())
-
-    net = Tied()
-    tokens = torch.randint(0, 40, (64, 6))
-    plan = afpq.torch.quantize(net, tokens, bits=4, mode="quick").model.plan
-    tuned = finetune(net, plan, tokens, steps=5, mode="quick")
-    assert torch.equal(tuned.module.embed.weight, tuned.module.logits.weight)
+@pytest.mark.parametrize(
+    "thing", [FloatFormat, afpq.train.convert, afpq.train.optimizer, afpq.train.round_tensor]
+)
+def test_examples_run(thing: object) -> None:
+    test = doctest.DocTestFinder().find(thing, globs={"afpq": afpq})[0]
+    assert test.examples
+    assert doctest.DocTestRunner().run(test).failed == 0
