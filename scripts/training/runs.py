@@ -42,12 +42,18 @@ def _run(case: Case, seed: int, epochs: int) -> tuple[Outcome, float]:
     return outcome, time.perf_counter() - begin
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """What a result depends on besides its recipe."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
     return {
-        "machine": platform.machine(),
+        "processor": names[0] if names else platform.processor(),
         "isa": _core.kernels.active_isa(),
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
@@ -100,7 +106,7 @@ def run_cases(cases: Sequence[Case], chosen: argparse.Namespace) -> dict:
             key = _key(case, seed, chosen.epochs or task.epochs)
             if chosen.again or key not in results["runs"]:
                 missing.append((key, case, seed, chosen.epochs or task.epochs))
-    facts = _machine()
+    facts = machine()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, chosen.jobs), context) as pool:
         running = {
