@@ -12,7 +12,7 @@ extern "C" {
 
 enum {
   kRandomBlock = 64,  // elements that the same 16 counters serve
-  kRowTile = 4,       // rows that share a load of the panel
+  kRowTile = 3,       // rows that share a load of the panel
 };
 
 // A format as the kernels need it: bits of float32 numbers, sign clear.
