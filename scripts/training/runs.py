@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from afpq import _core
 from afpq.train import Recipe
 
-from .tasks import TASKS, Outcome
+from .tasks import DATA, TASKS, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "results" / "training.json"
@@ -76,7 +77,8 @@ def write_results(results: dict) -> None:
 
 
 def _key(case: Case, seed: int, epochs: int) -> str:
-    return f"{case.task}/{case.name}/{epochs} epochs/seed {seed}"
+    other = f"{DATA.name}: " if "AFPQ_TRAINING_DATA" in os.environ else ""
+    return f"{other}{case.task}/{case.name}/{epochs} epochs/seed {seed}"
 
 
 def options(description: str) -> argparse.Namespace:

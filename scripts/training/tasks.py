@@ -1,10 +1,13 @@
 """The three training tasks: one function each, from a recipe, a seed and a number of epochs to a result.
 
-Data comes from ../shared/data; where that is absent, MNIST is scikit-learn's 1797 handwritten digits at 28 x 28, and
-the other tasks are left out. Images and texts that are measured are never trained on.
+Data comes from the folder that AFPQ_TRAINING_DATA names (mnist/, cifar10/, tinystories/ with train.npz and test.npz,
+any number of images: full CIFAR-10, with --epochs 200), else from ../shared/data. Where there is none, MNIST is
+scikit-learn's 1797 handwritten digits at 28 x 28, and the other tasks are left out. Images and texts that are measured
+are never trained on.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,8 @@ from afpq.train import Recipe, RoundedOptimizer
 
 from .nets import ResNet20, Transformer, lenet5
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+_SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(os.environ.get("AFPQ_TRAINING_DATA") or _SHARED)
 _EVALUATION_BATCH = 500
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 _DEVIATION = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
