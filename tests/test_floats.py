@@ -19,6 +19,7 @@ from afpq.floats import (
     random_words,
     round_to,
 )
+from afpq.formats import AfpFormat, all_formats, fake_quantize, magnitudes
 
 ISAS = _core.kernels.isa_names()
 E5M2 = FloatFormat(5, 2, reserved_codes=4, saturate=False)
@@ -114,6 +115,15 @@ def test_nearest_is_what_ml_dtypes_does(name: str, fmt: FloatFormat) -> None:
     lost = ~np.isfinite(expected)
     assert np.array_equal(lost, ~np.isfinite(found))
     assert np.array_equal(found[~lost], expected[~lost])
+
+
+@pytest.mark.parametrize("fmt", [f for f in all_formats() if f.signed], ids=str)
+def test_formats_of_weights_are_such_floats(fmt: AfpFormat) -> None:
+    same = FloatFormat(fmt.exponent_bits, fmt.mantissa_bits, exponent_bias=1 - fmt.mantissa_bits)
+    assert np.array_equal(float_magnitudes(same)[:-1], magnitudes(fmt))
+    x = dense(same)
+    x = x[np.isfinite(x)]
+    assert np.array_equal(round_to(x, same), fake_quantize(x, fmt, np.float32(1)))
 
 
 @pytest.mark.parametrize("isa", ISAS)
