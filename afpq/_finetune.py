@@ -5,6 +5,7 @@ float weight behind it, and to the scale of each channel (LSQ, Esser et al. 2020
 among neighbouring codes from a few samples; here weights may go anywhere: this is training, and wants training data.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -114,6 +115,8 @@ def finetune(
 class _Weight(nn.Module):
     """A weight in its format: a parametrization from the float weight to what is stored."""
 
+    start: Tensor
+
     def __init__(self, layer: PackedLayer, weight: Tensor) -> None:
         super().__init__()
         self.format, self.kind = layer.format, layer.kind
@@ -121,8 +124,6 @@ class _Weight(nn.Module):
         scale = torch.from_numpy(np.array(scale_values(layer), np.float32))
         self.register_buffer("start", scale.reshape(-1, *(1,) * (weight.ndim - 1)))
         self.log_scale = nn.Parameter(torch.zeros_like(self.start), self.kind == "real")
-
-    start: Tensor
 
     @property
     def scale(self) -> Tensor:
@@ -170,7 +171,7 @@ class _Student(nn.Module):
 
     def __init__(self, source: Source, start: QuantizedModel) -> None:
         super().__init__()
-        self.module = _copied(source.module)
+        self.module = copy.deepcopy(source.module).requires_grad_(False)
         copy_constants(self.module, source.model, start)
         self.places = owned_layers(start, source.names)
         self.weights: dict[str, tuple[nn.Module, _Weight]] = {}  # by weight_name
@@ -254,12 +255,6 @@ class _Student(nn.Module):
 def _latent(layer: Any) -> nn.Parameter:
     found: nn.Parameter = layer.parametrizations.weight.original
     return found
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module).requires_grad_(False)
 
 
 @dataclass(frozen=True, eq=False)
