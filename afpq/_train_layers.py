@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from afpq._recipe import Operands, Recipe, Rounding
+from afpq._torch_export import replace_modules
 from afpq._train_round import check_float, multiply, rounded
 from afpq.errors import ModelError
 
@@ -93,6 +94,7 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
     ]
     if not layers:
         raise ModelError("no Linear or Conv layer to convert")
+    found: dict[nn.Module, nn.Module] = {}
     for place, (path, layer) in enumerate(layers):
         kind: type[nn.Module] = bases.get(type(layer), type(layer))
         operands = recipe.operands
@@ -103,15 +105,12 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
         keep = any(fnmatchcase(path, pattern) for pattern in recipe.exempt)
         if recipe.accumulator is not None and kind is nn.Conv3d and not keep:
             raise ModelError(f"{path}: rounded sums are not emulated for Conv3d")
-        new = (kind if keep else _KINDS[kind]).__new__(kind if keep else _KINDS[kind])
+        wanted = kind if keep else _KINDS[kind]
+        found[layer] = new = wanted.__new__(wanted)
         new.__dict__.update(layer.__dict__)
         if not keep:
             new.__dict__.update(operands=operands, recipe=recipe)
-        if path == "":
-            return new
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, new)
-    return module
+    return replace_modules(module, found)
 
 
 class _Linear(torch.autograd.Function):

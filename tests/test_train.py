@@ -211,6 +211,13 @@ def test_converting_again_replaces_the_recipe() -> None:
     assert not torch.equal(rounded, again(x))
 
 
+def test_a_layer_in_two_places_is_one_layer() -> None:
+    net = nn.ModuleDict({"a": nn.Linear(3, 3)})
+    net["b"] = net["a"]
+    net = convert(net, Recipe(operands=Operands(FP8, FP8, FP8)))
+    assert net["a"] is net["b"] and type(net["a"]).__name__ == "RoundedLinear"
+
+
 def test_modules_without_layers_are_refused() -> None:
     with pytest.raises(ModelError, match="no Linear or Conv layer"):
         convert(nn.Sequential(nn.ReLU()), RECIPES["hfp8"])
