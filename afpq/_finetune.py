@@ -7,8 +7,9 @@ among neighbouring codes from a few samples; here weights may go anywhere: this 
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ Loss = Callable[[Any, Tensor | None], Tensor]
 Progress = Callable[[str, int, int], None]
 Batch = tuple[dict[str, Tensor], Tensor | None]
 
-_SCALE_SHARE = 0.1  # of the rate of weights, both relative to their size
+_SCALE_SHARE = 0.1  # of the rate: what scales move, and biases in units of their outputs
+_CALIBRATION = 512  # samples of data that comes in batches
 _CHECKS = 8  # how often the validation data is asked
 
 
@@ -74,13 +76,14 @@ def finetune(
     Args:
         module: the float network, which is not changed.
         plan: `afpq.torch.quantize(..).model.plan`, or what `Plan.from_json` reads.
-        data: what to train on, in the forms that `afpq.torch.quantize` takes.
+        data: what to train on, in the forms that `afpq.torch.quantize` takes; batches are asked for again and again, so
+            they may be shuffled or varied. The first `samples` (512) of them calibrate.
         loss: of the module's outputs and the data's labels (None where it has none); by default the distance to the
             float network's outputs, which needs no labels.
         validation: data that says which state was the best, the first one included; without it the last one counts.
         steps: of the optimizer.
         batch_size: of data that is whole; batches that data yields are taken as they are.
-        rate: of a step, relative to the root mean square of each weight.
+        rate: of a step, relative to the root mean square of a layer's weights, each in units of its channel's scale.
         seed: draws the order of samples.
         progress: is told what goes on.
         options: further options of `afpq.torch.quantize`, such as `activations`.
@@ -99,13 +102,15 @@ def finetune(
         True
     """
     progress = progress or (lambda stage, done, total: None)
-    with exported(module, data, None, options.get("samples")) as source:
+    training = _training(module, data)
+    first = data if training.whole else _kept(training, options.get("samples") or _CALIBRATION)
+    with exported(module, first, None, options.get("samples")) as source:
         feeds = source.samples.for_afpq()
         start = quantize_model(source.model, plan=plan, data=feeds, chain=False, **options)
         student = _Student(source, start)
         measure = _Measure(source, loss)
         judged = None if validation is None else read_samples(module, validation, None)
-        batches = _batches(source.samples, batch_size, seed)
+        batches = _batches(training, batch_size, seed)
         found = _train(student, measure, batches, judged, steps, rate, progress)
         student.load_state_dict(found)
         model = student.packed(source, start, options.get("activations", "a16"), steps)
@@ -132,16 +137,33 @@ class _Weight(nn.Module):
         stored = round_scale(self.format, exact.detach().numpy(), self.kind)
         return exact + (torch.from_numpy(stored) - exact).detach()
 
-    def forward(self, weight: Tensor) -> Tensor:
-        value: Tensor = _Rounded.apply(weight, self.scale.expand_as(weight), self.format)  # type: ignore[no-untyped-call]
+    def forward(self, units: Tensor) -> Tensor:
+        """The weight as it is stored, from the float weight in units of the scales that it started with."""
+        scale = self.scale.expand_as(units)
+        value: Tensor = _Rounded.apply(units * self.start, scale, self.format)  # type: ignore[no-untyped-call]
         return value
 
-    def stored(self, weight: Tensor) -> PackedTensor:
-        """What is packed of a float weight."""
-        value = self(weight).detach()
+    def stored(self, units: Tensor) -> PackedTensor:
+        """What is packed of it."""
+        value = self(units).detach()
         matrix = value.movedim(1, -1).reshape(len(value), -1) if self.is_conv else value
         scale = self.scale.detach().reshape(-1).numpy()
         return quantize_tensor(matrix.numpy(), self.format, scale, kind=self.kind)
+
+
+class _Bias(nn.Module):
+    """A bias, from its shift in units of what its channel's outputs are like: the norm of the channel's weights."""
+
+    start: Tensor
+    unit: Tensor
+
+    def __init__(self, start: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start", start)
+        self.register_buffer("unit", weight.flatten(1).norm(dim=1))
+
+    def forward(self, shift: Tensor) -> Tensor:
+        return self.start + shift * self.unit
 
 
 class _Rounded(torch.autograd.Function):
@@ -179,39 +201,41 @@ class _Student(nn.Module):
             self._take(self.module.get_submodule(path), places[0])
 
     def _take(self, layer: Any, packed: PackedLayer) -> None:
-        if packed.bias is not None:
-            layer.bias = nn.Parameter(torch.from_numpy(np.array(packed.bias)))
         if packed.weight_name not in self.weights:
-            matrix = torch.from_numpy(np.array(weight_values(packed)))
+            value = torch.from_numpy(np.array(weight_values(packed)))
             shape = layer.weight.shape
-            value = matrix
             if len(shape) > 2:
-                value = matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-            layer.weight.data = value.reshape(shape).contiguous()
+                value = value.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            weight = _Weight(packed, value)
+            layer.weight.data = (value / weight.start).contiguous()
             layer.weight.requires_grad_(True)
-            self.weights[packed.weight_name] = layer, _Weight(packed, layer.weight)
+            self.weights[packed.weight_name] = layer, weight
         # Tied layers hold one parameter, and so get one parametrization.
-        parametrize.register_parametrization(
-            layer, "weight", self.weights[packed.weight_name][1], unsafe=True
-        )
+        weight = self.weights[packed.weight_name][1]
+        parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
+        if packed.bias is not None:
+            start = torch.from_numpy(np.array(packed.bias))
+            layer.bias = nn.Parameter(torch.zeros_like(start))
+            bias = _Bias(start, layer.weight.detach())
+            parametrize.register_parametrization(layer, "bias", bias, unsafe=True)
 
     def forward(self, **arguments: Tensor) -> Any:
         return self.module(**arguments)
 
     def groups(self, rate: float) -> list[dict[str, Any]]:
-        """Parameters with their rates: those of weights and biases follow their sizes."""
+        """Parameters with their rates: a weight's is relative to the size of its layer's, in units of the scales."""
         result: list[dict[str, Any]] = []
         for layer, weight in self.weights.values():
-            latent = _latent(layer)
-            size = float(latent.detach().square().mean().sqrt()) or 1.0
-            result.append({"params": [latent], "lr": rate * size})
+            units = _units(layer)
+            size = float(units.detach().square().mean().sqrt()) or 1.0
+            result.append({"params": [units], "lr": rate * size})
             if weight.log_scale.requires_grad:
                 result.append({"params": [weight.log_scale], "lr": _SCALE_SHARE * rate})
         for path in self.places:
-            bias = getattr(self.module.get_submodule(path), "bias", None)
-            if isinstance(bias, nn.Parameter) and bias.requires_grad:
-                size = float(bias.detach().square().mean().sqrt()) or 1.0
-                result.append({"params": [bias], "lr": rate * size})
+            place: Any = self.module.get_submodule(path)
+            if "bias" in place.parametrizations:
+                shift = place.parametrizations.bias.original
+                result.append({"params": [shift], "lr": _SCALE_SHARE * rate})
         return result
 
     def packed(
@@ -225,7 +249,7 @@ class _Student(nn.Module):
             for place in places
         }
         tensors = {
-            known[name]: weight.stored(_latent(layer))
+            known[name]: weight.stored(_units(layer))
             for name, (layer, weight) in self.weights.items()
         }
         biases = {
@@ -252,7 +276,7 @@ class _Student(nn.Module):
         return replace(start, packed=graph, facts=facts, path=None)
 
 
-def _latent(layer: Any) -> nn.Parameter:
+def _units(layer: Any) -> nn.Parameter:
     found: nn.Parameter = layer.parametrizations.weight.original
     return found
 
@@ -277,6 +301,27 @@ class _Measure:
 
     def _objective(self, wanted: list[Tensor]) -> Objective:
         return choose_objective(self.source.model, [[y.numpy() for y in wanted]], "auto")
+
+
+def _training(module: nn.Module, data: object) -> Samples:
+    """Every pass iterates the data anew, so a loader that shuffles does so each time; only generators are kept."""
+    if isinstance(data, Tensor | np.ndarray | tuple | Mapping | str | Path) or callable(data):
+        return read_samples(module, data, None)
+    if isinstance(data, Iterable) and iter(data) is not data:
+        return read_samples(module, lambda: iter(data), None)
+    return read_samples(module, data, None)
+
+
+def _kept(samples: Samples, limit: int) -> list[dict[str, Any]]:
+    """The first batches, to calibrate with: their passes must not differ."""
+    kept: list[dict[str, Any]] = []
+    seen = 0
+    for feed in samples.passes():
+        kept.append(feed)
+        seen += max(len(a) for a in feed.values())
+        if seen >= limit:
+            break
+    return kept
 
 
 def _floats(outputs: Any) -> list[Tensor]:

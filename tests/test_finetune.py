@@ -137,3 +137,25 @@ def test_the_example_runs() -> None:
     test = doctest.DocTestFinder().find(finetune, globs={"afpq": afpq})[0]
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_shuffled_batches_calibrate_alike_in_every_pass(classifier: nn.Module) -> None:
+    """The start must be as good as that of fixed data: passes of calibration read the same samples."""
+    x, y = blobs(2000, 0)
+    plan = afpq.torch.quantize(classifier, x[:512], bits=3, mode="quick").model.plan
+    passes = []
+
+    def batches() -> Iterator[Tensor]:
+        order = torch.randperm(len(x))
+        passes.append(order)
+        yield from x[order].split(64)
+
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=64, shuffle=True
+    )
+    fixed = finetune(classifier, plan, x[:512], steps=1, rate=0.0)
+    for data in (batches, loader):
+        start = finetune(classifier, plan, data, steps=1, rate=0.0)
+        assert divergence(classifier, start.module) < 3 * divergence(classifier, fixed.module)
+    finetune(classifier, plan, batches, steps=70)
+    assert not torch.equal(passes[-1], passes[-2])
