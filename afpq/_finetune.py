@@ -62,7 +62,7 @@ def finetune(
     validation: object = None,
     steps: int = 1000,
     batch_size: int = 32,
-    rate: float = 1e-2,
+    rate: float = 3e-3,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,

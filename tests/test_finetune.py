@@ -64,7 +64,7 @@ def test_fine_tuning_regains_what_two_bits_lose(classifier: nn.Module, tmp_path:
     start = afpq.torch.quantize(classifier, x[:200], overrides=overrides, mode="quick")
     plan = start.model.plan
     tuned = finetune(
-        classifier, plan, (x, y), steps=1000, mode="quick", validation=blobs(500, 3)
+        classifier, plan, (x, y), steps=1000, rate=1e-2, mode="quick", validation=blobs(500, 3)
     )  # fmt: skip
     before, after = (divergence(classifier, r.module) for r in (start, tuned))
     assert after < 0.5 * before
