@@ -30,17 +30,13 @@ from afpq._torch_pair import (
     owned_layers,
     pair_up,
 )
-from afpq._train_round import round_tensor
+from afpq._trained_weight import TrainedBias, TrainedWeight
 from afpq.errors import DataError, ModelError
-from afpq.floats import FloatFormat
-from afpq.formats import AfpFormat, round_scale
-from afpq.packed import PackedLayer, scale_values, weight_values
-from afpq.packing import PackedTensor
+from afpq.packed import PackedLayer, weight_values
 from afpq.plan import Plan
 from afpq.quantize import QuantizedModel
 from afpq.quantize import quantize as quantize_model
 from afpq.rewrite import rewrite
-from afpq.rounding import quantize_tensor
 
 __all__ = ["finetune"]
 
@@ -117,77 +113,6 @@ def finetune(
         return pair_up(source, model)
 
 
-class _Weight(nn.Module):
-    """A weight in its format: a parametrization from the float weight to what is stored."""
-
-    start: Tensor
-
-    def __init__(self, layer: PackedLayer, weight: Tensor) -> None:
-        super().__init__()
-        self.format, self.kind = layer.format, layer.kind
-        self.is_conv = weight.ndim > 2
-        scale = torch.from_numpy(np.array(scale_values(layer), np.float32))
-        self.register_buffer("start", scale.reshape(-1, *(1,) * (weight.ndim - 1)))
-        self.log_scale = nn.Parameter(torch.zeros_like(self.start), self.kind == "real")
-
-    @property
-    def scale(self) -> Tensor:
-        """As it is stored; gradients pass through its rounding."""
-        exact = self.start * self.log_scale.exp()
-        stored = round_scale(self.format, exact.detach().numpy(), self.kind)
-        return exact + (torch.from_numpy(stored) - exact).detach()
-
-    def forward(self, units: Tensor) -> Tensor:
-        """The weight as it is stored, from the float weight in units of the scales that it started with."""
-        scale = self.scale.expand_as(units)
-        value: Tensor = _Rounded.apply(units * self.start, scale, self.format)  # type: ignore[no-untyped-call]
-        return value
-
-    def stored(self, units: Tensor) -> PackedTensor:
-        """What is packed of it."""
-        value = self(units).detach()
-        matrix = value.movedim(1, -1).reshape(len(value), -1) if self.is_conv else value
-        scale = self.scale.detach().reshape(-1).numpy()
-        return quantize_tensor(matrix.numpy(), self.format, scale, kind=self.kind)
-
-
-class _Bias(nn.Module):
-    """A bias, from its shift in units of what its channel's outputs are like: the norm of the channel's weights."""
-
-    start: Tensor
-    unit: Tensor
-
-    def __init__(self, start: Tensor, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("start", start)
-        self.register_buffer("unit", weight.flatten(1).norm(dim=1))
-
-    def forward(self, shift: Tensor) -> Tensor:
-        return self.start + shift * self.unit
-
-
-class _Rounded(torch.autograd.Function):
-    """round(weight / scale) * scale, straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, format: AfpFormat) -> Tensor:
-        exact = weight / scale
-        integers = round_tensor(exact, _integers(format))
-        inside = exact.abs() <= format.max_integer
-        ctx.save_for_backward(inside, integers - exact * inside)
-        return integers * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inside, of_scale = ctx.saved_tensors
-        return grads[0] * inside, grads[0] * of_scale, None
-
-
-def _integers(fmt: AfpFormat) -> FloatFormat:
-    """The format whose numbers are the I of another."""
-    return FloatFormat(fmt.exponent_bits, fmt.mantissa_bits, exponent_bias=1 - fmt.mantissa_bits)
-
-
 class _Student(nn.Module):
     """A copy of the float module that computes with stored weights and biases."""
 
@@ -196,7 +121,7 @@ class _Student(nn.Module):
         self.module = copy.deepcopy(source.module).requires_grad_(False)
         copy_constants(self.module, source.model, start)
         self.places = owned_layers(start, source.names)
-        self.weights: dict[str, tuple[nn.Module, _Weight]] = {}  # by weight_name
+        self.weights: dict[str, tuple[nn.Module, TrainedWeight]] = {}  # by weight_name
         for path, places in self.places.items():
             self._take(self.module.get_submodule(path), places[0])
 
@@ -206,7 +131,7 @@ class _Student(nn.Module):
             shape = layer.weight.shape
             if len(shape) > 2:
                 value = value.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-            weight = _Weight(packed, value)
+            weight = TrainedWeight(packed, value)
             layer.weight.data = (value / weight.start).contiguous()
             layer.weight.requires_grad_(True)
             self.weights[packed.weight_name] = layer, weight
@@ -216,7 +141,7 @@ class _Student(nn.Module):
         if packed.bias is not None:
             start = torch.from_numpy(np.array(packed.bias))
             layer.bias = nn.Parameter(torch.zeros_like(start))
-            bias = _Bias(start, layer.weight.detach())
+            bias = TrainedBias(start, layer.weight.detach())
             parametrize.register_parametrization(layer, "bias", bias, unsafe=True)
 
     def forward(self, **arguments: Tensor) -> Any:
