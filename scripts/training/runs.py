@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -125,28 +124,29 @@ def run_cases(cases: Sequence[Case], chosen: argparse.Namespace) -> dict:
 
 
 def table(results: dict, cases: Sequence[Case], chosen: argparse.Namespace) -> str:
-    """Mean, spread (of one run) and distance to float32 of every case that has runs."""
+    """Mean, deviation of a run and distance to float32 (with the same seeds) of every case that has runs."""
     lines = ["| task | epochs | recipe | runs | result | spread | against float32 | skipped |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for case in cases:
         task = TASKS[case.task]
         epochs = chosen.epochs or task.epochs
 
-        def found(name: str, case: Case = case, epochs: int = epochs) -> list[dict]:
-            keys = (_key(Case(case.task, name, case.recipe), s, epochs) for s in range(99))
-            return [results["runs"][key] for key in keys if key in results["runs"]]
+        def found(name: str, case: Case = case, epochs: int = epochs) -> dict[int, dict]:
+            keys = {s: _key(Case(case.task, name, case.recipe), s, epochs) for s in range(99)}
+            return {s: results["runs"][key] for s, key in keys.items() if key in results["runs"]}
 
         runs, base = found(case.name), found("float32")
         if not runs:
             continue
-        values = [r["value"] for r in runs]
-        mean = statistics.fmean(values)
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        gap = f"{mean - statistics.fmean(r['value'] for r in base):+.2f}" if base else ""
+        values = [r["value"] for r in runs.values()]
         digits = 2 if task.higher_is_better else 3
+        spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        gaps = [runs[s]["value"] - base[s]["value"] for s in runs if s in base]
+        gap = f"{statistics.fmean(gaps):+.{digits}f}" if gaps else ""
         lines.append(
-            f"| {case.task} | {epochs} | {case.name} | {len(values)} | {mean:.{digits}f} {task.unit} | "
-            f"{spread:.{digits}f} | {gap} | {sum(r['skipped'] for r in runs)} |"
+            f"| {case.task} | {epochs} | {case.name} | {len(values)} | "
+            f"{statistics.fmean(values):.{digits}f} {task.unit} | {spread} | {gap} | "
+            f"{sum(r['skipped'] for r in runs.values())} |"
         )
     return "\n".join(lines)
 
