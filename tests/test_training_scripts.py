@@ -67,16 +67,16 @@ def test_every_script_says_what_it_does(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wang2018", "mellempudi2019"])
+@pytest.mark.parametrize("name", ["noune2022", "mellempudi2019"])
 def test_recipes_learn_digits(name: str, tmp_path: Path) -> None:
     """In a process of its own, without shared data, as in a clone."""
     pytest.importorskip("sklearn")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
         "from training import tasks; from afpq.train import RECIPES; import json\n"
-        "print(json.dumps(tasks.run_mnist(RECIPES[sys.argv[2]], 0, 3).__dict__))"
+        "print(json.dumps(tasks.run_mnist(RECIPES[sys.argv[2]], 0, 1).__dict__))"
     )
     environment = {**os.environ, "AFPQ_TRAINING_DATA": str(tmp_path)}
     command = [sys.executable, "-c", code, str(SCRIPTS), name]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(done.stdout)["value"] > 80
+    assert json.loads(done.stdout)["value"] > 90

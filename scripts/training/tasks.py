@@ -27,6 +27,7 @@ from .nets import ResNet20, Transformer, lenet5
 _SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 DATA = Path(os.environ.get("AFPQ_TRAINING_DATA") or _SHARED)
 _EVALUATION_BATCH = 500
+_LEAST_IMAGES = 20_000  # of an epoch: fewer digits are seen several times
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 _DEVIATION = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
 BLACK = -_MEAN / _DEVIATION
@@ -127,7 +128,8 @@ def run_mnist(recipe: Recipe, seed: int, epochs: int) -> Outcome:
     def loss_of(indices: Tensor) -> Tensor:
         return functional.cross_entropy(net(images[indices]), labels[indices])
 
-    final = _train(loss_of, optimizer, len(images), 64, epochs)
+    passes = epochs * max(1, _LEAST_IMAGES // len(images))
+    final = _train(loss_of, optimizer, len(images), 64, passes)
     top1 = _top1(net, test_images, test_labels)
     return Outcome(top1, final, optimizer.skipped, optimizer.scale)
 
