@@ -84,10 +84,10 @@ def _products(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     yield _into(
         "gemm_f32_f32_f32", np.float32, dst, _floats(rng, *shape), _floats(rng, *rhs_shape), False
     )
-    taps = rng.integers(0, 256, (12, _ROWS, 48), np.uint8)
-    yield _into(
-        "depthwise_s32_u8_s16", np.int32, dst, taps, rng.integers(-300, 300, (3, 3, 64), np.int16)
-    )
+    taps = rng.integers(0, 256, (12, 1, _ROWS, 48), np.uint8)
+    for limit in (127, 254, 300):
+        by_tap = rng.integers(-limit, limit, (3, 3, 64), np.int16, endpoint=True)
+        yield _into("depthwise_s32_u8_s16", np.int32, dst, taps, by_tap)
     columns = rng.integers(-3000, 3000, (1, 16), np.int32)
     of_channels = (_floats(rng, 16), _floats(rng, 16), 0.3, _LOW, _HIGH)
     planes = rng.integers(0, 256, (_TILES, 48, 4), np.uint8)

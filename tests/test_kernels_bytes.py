@@ -1,5 +1,7 @@
 """Kernels of layers that pass bytes to each other, against their definitions in NumPy."""
 
+import itertools
+
 import numpy as np
 import pytest
 from kernel_arrays import INF, Array, assert_same_bits, clamp, floats, fma, guarded, output
@@ -17,23 +19,25 @@ SHAPES = [(rows, channels) for rows in (1, 2, 6, 48) for channels in (1, 7, 8, 9
 @pytest.mark.parametrize("taps", [1, 2, 3, 8, 9, 10, 25, 49])
 def test_depthwise_sums_are_exact(isa: str, taps: int) -> None:
     tiles = -(-taps // 4)
-    for rows in range(1, 8):
-        blocks = 1 + (rows + taps) % 4
-        rng = np.random.default_rng(rows)
-        lhs = rng.integers(0, 256, (taps, rows, 16 * blocks + rows % 3), np.uint8)
-        weights = rng.integers(-(2**14), 2**14, (blocks, 16, 4 * tiles), endpoint=True)
+    limits = [127, 128, 254, 255, 2**14]
+    for lines, columns, limit in itertools.product((1, 2, 3), (1, 2, 5), limits):
+        blocks = 1 + (lines + columns + taps) % 4
+        rng = np.random.default_rng(limit)
+        lhs = rng.integers(0, 256, (taps, lines, columns, 16 * blocks + columns % 3), np.uint8)
+        weights = rng.integers(-limit, limit, (blocks, 16, 4 * tiles), endpoint=True)
+        weights[0, :, 0] = rng.choice([-limit, limit], 16)
         weights[:, :, taps:] = 0
         # [tile][pair][channel][tap of the pair]
         rhs = weights.reshape(blocks, 16, tiles, 2, 2).transpose(0, 2, 3, 1, 4)
         rhs = np.ascontiguousarray(rhs.reshape(blocks, tiles, 64), np.int16)
         exact = np.einsum(
-            "trbc,bct->rbc",
-            lhs[:, :, : 16 * blocks].reshape(taps, rows, blocks, 16).astype(np.int64),
+            "tyxbc,bct->yxbc",
+            lhs[..., : 16 * blocks].reshape(taps, lines, columns, blocks, 16).astype(np.int64),
             weights[:, :, :taps],
         )
-        with output((rows, 64), np.int32, 7) as dst:
+        with output((lines * columns, 64), np.int32, 7) as dst:
             kernels.depthwise_s32_u8_s16(isa, guarded(lhs), guarded(rhs), dst)
-            np.testing.assert_array_equal(dst[:, : 16 * blocks], exact.reshape(rows, -1))
+            np.testing.assert_array_equal(dst[:, : 16 * blocks], exact.reshape(len(dst), -1))
             assert (dst[:, 16 * blocks :] == 7).all()
 
 

@@ -13,19 +13,22 @@ namespace {
 
 using MaybeBytes = std::optional<Array<const uint8_t, 2>>;
 
-// lhs: [num_taps, num_rows, 16 * num_blocks], rhs: [num_blocks, rhs_tiles, 64], dst: [num_rows, 64]
-void depthwise_s32_u8_s16(const std::string& isa, Array<const uint8_t, 3> lhs,
+// lhs: [num_taps, lines, columns, 16 * num_blocks], rhs: [num_blocks, rhs_tiles, 64],
+// dst: [lines * columns, 64]
+void depthwise_s32_u8_s16(const std::string& isa, Array<const uint8_t, 4> lhs,
                           Array<const int16_t, 3> rhs, Array<int32_t, 2> dst) {
-  const size_t taps = lhs.shape(0), rows = lhs.shape(1), blocks = rhs.shape(0);
-  require(blocks >= 1 && blocks <= kPanelBlocks && lhs.shape(2) >= blocks * kTileN,
+  const size_t taps = lhs.shape(0), lines = lhs.shape(1), columns = lhs.shape(2);
+  const size_t step = lhs.shape(3), blocks = rhs.shape(0);
+  require(blocks >= 1 && blocks <= kPanelBlocks && step >= blocks * kTileN,
           "lhs must have 16 columns for each of the 1..4 blocks of rhs");
   require(rhs.shape(1) * kTileK >= taps && rhs.shape(2) == kTileCodes,
           "rhs must be [num_blocks, rhs_tiles, 64] with a tile for each 4 taps");
-  require(dst.shape(0) == rows && dst.shape(1) == kPanelN, "dst must be [num_rows, 64]");
+  require(dst.shape(0) == lines * columns && dst.shape(1) == kPanelN,
+          "dst must be [lines * columns, 64]");
   std::vector<const uint8_t*> pointers(taps, nullptr);
-  for (size_t t = 0; t < taps; ++t) pointers[t] = lhs.data() + t * rows * lhs.shape(2);
-  table_of(isa).depthwise_s32_u8_s16(pointers.data(), lhs.shape(2), taps, rhs.data(), rhs.shape(1),
-                                     rows, blocks, dst.data());
+  for (size_t t = 0; t < taps; ++t) pointers[t] = lhs.data() + t * lines * columns * step;
+  table_of(isa).depthwise_s32_u8_s16(pointers.data(), step, columns * step, taps, rhs.data(),
+                                     rhs.shape(1), lines, columns, blocks, dst.data());
 }
 
 // What all that follow have in common; residual: [num_rows, at least num_channels].

@@ -19,7 +19,7 @@ void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, si
                const ConvTarget& dst, const Parallel& parallel);
 
 // Whether a convolution is depthwise and runs on bytes; and its job then: rows of lhs are pixels
-// that hold all channels, padded to blocks of 16, and channel c of tap t meets step t of channel c.
+// that hold all channels, and channel c of tap t meets step t of channel c.
 bool conv_fits_depthwise(const Conv& op, const ConvShape& shape);
 void depthwise(const GemmJob& job, const ConvShape& shape, const Parallel& parallel);
 

@@ -45,21 +45,36 @@ std::vector<int32_t> axis_offsets(const ConvShape& shape, int axis, size_t step)
   return offsets;
 }
 
+// Where the taps of a convolution lie along every axis.
+struct AxisOffsets {
+  const ConvShape& shape;
+  const std::vector<int32_t> planes, rows, columns;
+
+  AxisOffsets(const ConvShape& conv_shape, size_t scale)
+      : shape(conv_shape),
+        planes(axis_offsets(shape, 0, shape.in[1] * shape.in[2] * scale)),
+        rows(axis_offsets(shape, 1, shape.in[2] * scale)),
+        columns(axis_offsets(shape, 2, scale)) {}
+
+  // Where the taps in a row of the kernel of output row zy begin, or -1 if they are in the padding.
+  int32_t begin(size_t zy, size_t kz, size_t ky) const {
+    const int32_t plane = planes[zy / shape.out[1] * shape.kernel[0] + kz];
+    const int32_t row = rows[zy % shape.out[1] * shape.kernel[1] + ky];
+    return (plane | row) < 0 ? -1 : plane + row;  // either is -1 only in the padding
+  }
+};
+
 // Index of the input pixel under (output pixel, tap) times `scale`, or -1 in the padding:
 // offsets[num_out][num_taps].
 void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
-  const std::vector<int32_t> planes = axis_offsets(shape, 0, shape.in[1] * shape.in[2] * scale);
-  const std::vector<int32_t> rows = axis_offsets(shape, 1, shape.in[2] * scale);
-  const std::vector<int32_t> columns = axis_offsets(shape, 2, scale);
-  const size_t *kernel = shape.kernel, *out = shape.out;
-  for (size_t zy = 0; zy < out[0] * out[1]; ++zy) {
-    const int32_t *plane = &planes[zy / out[1] * kernel[0]], *row = &rows[zy % out[1] * kernel[1]];
-    for (const int32_t* column = columns.data(); column < columns.data() + columns.size();
-         column += kernel[2]) {
+  const AxisOffsets axes(shape, scale);
+  const size_t* kernel = shape.kernel;
+  for (size_t zy = 0; zy < shape.out[0] * shape.out[1]; ++zy) {
+    for (size_t x = 0; x < shape.out[2]; ++x) {
+      const int32_t* column = &axes.columns[x * kernel[2]];
       for (size_t kz = 0; kz < kernel[0]; ++kz) {
         for (size_t ky = 0; ky < kernel[1]; ++ky) {
-          // One of the two is -1 only if the pixel is in the padding.
-          const int32_t begin = (plane[kz] | row[ky]) < 0 ? -1 : plane[kz] + row[ky];
+          const int32_t begin = axes.begin(zy, kz, ky);
           for (size_t kx = 0; kx < kernel[2]; ++kx)
             *offsets++ = (begin | column[kx]) < 0 ? -1 : begin + column[kx];
         }
@@ -68,24 +83,60 @@ void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
   }
 }
 
+// A few elements, which memmove would take longer to look at than to copy.
+template <typename T>
+void copy_few(const T* src, size_t count, T* dst) {
+  constexpr size_t kStep = 16 / sizeof(T);
+  if (count < kStep) {
+    for (size_t i = 0; i < count; ++i) dst[i] = src[i];
+    return;
+  }
+  for (size_t i = 0; i + kStep < count; i += kStep) std::memcpy(dst + i, src + i, 16);
+  std::memcpy(dst + count - kStep, src + count - kStep, 16);
+}
+
+// The taps of output pixel (zy, x) as one row. Those in a row of the kernel lie next to each other
+// where none is in the padding.
+template <typename T>
+void gather_patch(const AxisOffsets& axes, const T* pixels, T padding, size_t zy, size_t x,
+                  T* dst) {
+  const ConvShape& shape = axes.shape;
+  const size_t channels = shape.channels_in, count = shape.kernel[2];
+  const int32_t* column = &axes.columns[x * count];
+  const bool together = shape.dilations[2] == 1 && (column[0] | column[count - 1]) >= 0;
+  for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+    for (size_t ky = 0; ky < shape.kernel[1]; ++ky, dst += count * channels) {
+      const int32_t begin = axes.begin(zy, kz, ky);
+      if (begin < 0) {
+        std::fill(dst, dst + count * channels, padding);
+      } else if (together) {
+        copy_few(pixels + begin + column[0], count * channels, dst);
+      } else {
+        for (size_t kx = 0; kx < count; ++kx) {
+          T* tap = dst + kx * channels;
+          if (column[kx] < 0) {
+            std::fill(tap, tap + channels, padding);
+          } else {
+            copy_few(pixels + begin + column[kx], channels, tap);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Copies the taps of each output pixel into one row: rows[num_out][padded].
 template <typename T>
-void gather_patches(const ConvShape& shape, const T* pixels, const int32_t* offsets, T padding,
-                    size_t padded, const Parallel& parallel, T* rows) {
-  const size_t taps = shape.num_taps(), channels = shape.channels_in;
+void gather_patches(const ConvShape& shape, const T* pixels, T padding, size_t padded,
+                    const Parallel& parallel, T* rows) {
+  const AxisOffsets axes(shape, shape.channels_in);
+  const size_t size = shape.num_taps() * shape.channels_in;
   const size_t step = std::max<size_t>(1, kTaskElements / padded);
   parallel_for(parallel, ceil_div(shape.num_out(), step), [&](size_t task) {
     for (size_t r = task * step; r < std::min(shape.num_out(), (task + 1) * step); ++r) {
       T* row = rows + r * padded;
-      for (size_t tap = 0; tap < taps; ++tap, row += channels) {
-        const int32_t offset = offsets[r * taps + tap];
-        if (offset < 0) {
-          std::fill(row, row + channels, padding);
-        } else {
-          std::copy(pixels + offset, pixels + offset + channels, row);
-        }
-      }
-      std::fill(row, rows + (r + 1) * padded, T{0});
+      gather_patch(axes, pixels, padding, r / shape.out[2], r % shape.out[2], row);
+      std::fill(row + size, row + padded, T{0});
     }
   });
 }
@@ -98,16 +149,6 @@ void widen(const uint8_t* src, size_t count, const Parallel& parallel, int16_t* 
   });
 }
 
-// Rows of `channels` bytes to rows of `stride`, of which the others are not read.
-void spread_rows(const uint8_t* src, size_t count, size_t channels, size_t stride,
-                 const Parallel& parallel, uint8_t* dst) {
-  const size_t step = std::max<size_t>(1, kTaskElements / stride);
-  parallel_for(parallel, ceil_div(count, step), [&](size_t task) {
-    for (size_t r = task * step; r < std::min(count, (task + 1) * step); ++r)
-      std::copy(src + r * channels, src + (r + 1) * channels, dst + r * stride);
-  });
-}
-
 // What the steps of a convolution have in common.
 struct Job {
   const Conv& op;
@@ -116,7 +157,6 @@ struct Job {
   const Taps taps;
   const bool depthwise;
   const size_t patch;   // elements of a patch: k, in whole tiles
-  const size_t pixel;   // elements from pixel to pixel
   const bool in_place;  // the source's bytes are the rows
 
   Job(const Conv& conv, const ConvShape& conv_shape, bool has_bytes)
@@ -129,20 +169,16 @@ struct Job {
         taps(taps_of(conv, conv_shape)),
         depthwise(conv_fits_depthwise(conv, conv_shape)),
         patch(conv.weight->num_tiles * kTileK),
-        pixel(depthwise ? ceil_div(conv_shape.channels_in, size_t{kTileN}) * kTileN
-                        : conv_shape.channels_in),
-        in_place(has_bytes && products.elements == Elements::kBytes &&
-                 pixel == conv_shape.channels_in) {}
+        in_place(has_bytes && products.elements == Elements::kBytes) {}
 
   size_t num_elements() const { return shape.num_in() * shape.channels_in; }
 };
 
 // The buffers of one sample: planes of elements.
 struct Sample {
-  uint8_t* pixels[2] = {nullptr, nullptr};   // [num_in][pixel], unless they are the source's
-  uint8_t* tight = nullptr;                  // [num_in][channels] before they are spread
+  uint8_t* pixels[2] = {nullptr, nullptr};   // [num_in][channels], unless they are the source's
   uint8_t* patches[2] = {nullptr, nullptr};  // [num_out][patch]
-  uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group], of depthwise: of a panel
+  uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group]
   int32_t* offsets = nullptr;
   float* row_scales = nullptr;  // [num_out]
   int32_t* zero_points = nullptr;
@@ -151,17 +187,15 @@ struct Sample {
 Sample allocate_sample(const Job& job) {
   const ConvShape& shape = job.shape;
   const size_t element = job.products.element_bytes(), planes = job.products.lhs_planes;
-  const bool spread = job.pixel != shape.channels_in;
-  const size_t pixels = job.in_place ? 0 : shape.num_in() * job.pixel * element;
-  const size_t tight = spread ? job.num_elements() : 0;
-  const size_t padding = job.depthwise ? size_t{kPanelN} : shape.group_in() * element;
+  const size_t pixels = job.in_place ? 0 : job.num_elements() * element;
+  const size_t padding = shape.group_in() * element;
   const size_t patches = job.taps == Taps::kPatches ? shape.num_out() * job.patch * element : 0;
-  const size_t offsets = job.taps == Taps::kDirect ? 0 : shape.num_out() * shape.num_taps();
+  const size_t offsets = job.taps == Taps::kOffsets ? shape.num_out() * shape.num_taps() : 0;
   using S = Scratch;
   Scratch& scratch = layer_scratch();
   scratch.reset(
       planes * (S::room<uint8_t>(pixels) + S::room<uint8_t>(patches) + S::room<uint8_t>(padding)) +
-      S::room<uint8_t>(tight) + S::room<int32_t>(offsets) + S::room<float>(shape.num_out()) +
+      S::room<int32_t>(offsets) + S::room<float>(shape.num_out()) +
       S::room<int32_t>(shape.num_out()));
   Sample sample;
   for (size_t p = 0; p < planes; ++p) {
@@ -169,7 +203,6 @@ Sample allocate_sample(const Job& job) {
     sample.patches[p] = scratch.take<uint8_t>(patches);
     sample.padding[p] = scratch.take<uint8_t>(padding);
   }
-  sample.tight = scratch.take<uint8_t>(tight);
   sample.offsets = scratch.take<int32_t>(offsets);
   sample.row_scales = scratch.take<float>(shape.num_out());
   sample.zero_points = scratch.take<int32_t>(shape.num_out());
@@ -181,23 +214,18 @@ template <typename T>
 void fill_padding(const Job& job, int plane, T padding, const Sample& sample,
                   const Parallel& parallel) {
   T* row = reinterpret_cast<T*>(sample.padding[plane]);
-  std::fill(row, row + (job.depthwise ? size_t{kPanelN} : job.shape.group_in()), padding);
+  std::fill(row, row + job.shape.group_in(), padding);
   if (job.taps != Taps::kPatches) return;
-  gather_patches(job.shape, reinterpret_cast<const T*>(sample.pixels[plane]), sample.offsets,
-                 padding, job.patch, parallel, reinterpret_cast<T*>(sample.patches[plane]));
+  gather_patches(job.shape, reinterpret_cast<const T*>(sample.pixels[plane]), padding, job.patch,
+                 parallel, reinterpret_cast<T*>(sample.patches[plane]));
 }
 
 // The pixels of a sample that comes as floats. Returns how they were rounded.
 RowQuantizer round_pixels(const Job& job, const float* src, const Sample& sample,
                           const Parallel& parallel) {
   const RowQuantizer quantizer = sample_quantizer(job.op, job.shape, src, parallel);
-  const bool spread = job.pixel != job.shape.channels_in;
-  uint8_t* const tight[2] = {sample.tight, nullptr};
   quantize_planes(*job.op.kernels, job.products, quantizer, src, job.shape.num_in(),
-                  job.shape.channels_in, spread ? tight : sample.pixels, parallel);
-  if (spread)
-    spread_rows(sample.tight, job.shape.num_in(), job.shape.channels_in, job.pixel, parallel,
-                sample.pixels[0]);
+                  job.shape.channels_in, sample.pixels, parallel);
   return quantizer;
 }
 
@@ -205,9 +233,6 @@ RowQuantizer round_pixels(const Job& job, const float* src, const Sample& sample
 void take_pixels(const Job& job, const uint8_t* src, Sample* sample, const Parallel& parallel) {
   if (job.in_place) {
     sample->pixels[0] = const_cast<uint8_t*>(src);
-  } else if (job.depthwise) {
-    spread_rows(src, job.shape.num_in(), job.shape.channels_in, job.pixel, parallel,
-                sample->pixels[0]);
   } else {
     widen(src, job.num_elements(), parallel, reinterpret_cast<int16_t*>(sample->pixels[0]));
   }
@@ -248,7 +273,7 @@ LhsRows rows_of_group(const Job& job, size_t group, const Sample& sample) {
     rows.planes[p] = patches ? sample.patches[p] : sample.pixels[p] + begin;
     rows.padding[p] = sample.padding[p];
   }
-  rows.stride = patches ? job.patch : job.pixel;
+  rows.stride = patches ? job.patch : job.shape.channels_in;
   if (job.taps == Taps::kOffsets) {
     rows.offsets = sample.offsets;
     rows.num_taps = job.shape.num_taps();
@@ -299,7 +324,7 @@ void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, si
                const ConvTarget& dst, const Parallel& parallel) {
   const Job job(op, shape, src.bytes != nullptr);
   Sample sample = allocate_sample(job);
-  if (job.taps != Taps::kDirect) tap_offsets(shape, job.pixel, sample.offsets);
+  if (job.taps == Taps::kOffsets) tap_offsets(shape, shape.channels_in, sample.offsets);
   for (size_t i = 0; i < batch; ++i) {
     fill_rows(job, src, i, &sample, parallel);
     if (job.depthwise) {

@@ -1,10 +1,13 @@
-// Depthwise convolutions of bytes: each tap's channels meet their own weights. Pixels whose taps
-// are all inside come in runs; those at the borders one by one.
+// Depthwise convolutions of bytes: each tap's channels meet their own weights.
 //
-//   for each task (a range of rows x a panel of 64 channels):            parallel
+//   for each task (some strips of lines x a panel of 64 channels):            parallel
 //     expand the panel's codes into words, pairs of taps next to each other
-//     for each block of rows: sums of pixels next to each other; scale, finish, store
+//     for each strip: copy the pixels that its taps read, with their padding, next to each other
+//       for each chunk of pixels: sums; scale, finish, store
+//
+// In a strip, every tap of every pixel is there, and as far from the pixel as it always is.
 #include <algorithm>
+#include <cstring>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
@@ -13,26 +16,66 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
+constexpr size_t kTaskWork = size_t{1} << 18;    // products that are worth a task
+constexpr size_t kChunkPixels = 4 * kBlockRows;  // whose sums are made at a time
+constexpr size_t kStripBytes = size_t{48} << 10;
+
+// How the outputs of a plane are cut: into strips of `lines` lines and `columns` columns, and those
+// into chunks of whole lines. Either all columns are in a strip, or it is one line.
+struct Strips {
+  size_t columns, lines, chunk_lines;
+  size_t per_line, per_plane, count;
+  size_t in_columns, in_lines;  // of input that a strip reads
+
+  explicit Strips(const ConvShape& shape) {
+    columns = std::min(shape.out[2], kChunkPixels);
+    in_columns = reach(shape, 2, columns);
+    chunk_lines = 1;
+    if (columns == shape.out[2])
+      chunk_lines = std::max<size_t>(1, std::min(shape.out[1], kChunkPixels / columns));
+    lines = chunk_lines;
+    while (columns == shape.out[2] && lines < shape.out[1] &&
+           shape.kernel[0] * reach(shape, 1, lines + chunk_lines) * in_columns * kPanelN <=
+               kStripBytes) {
+      lines += chunk_lines;
+    }
+    lines = std::min(lines, shape.out[1]);
+    in_lines = reach(shape, 1, lines);
+    per_line = ceil_div(shape.out[2], columns);
+    per_plane = ceil_div(shape.out[1], lines) * per_line;
+    count = shape.out[0] * per_plane;
+  }
+
+ private:
+  // Inputs of an axis that some outputs next to each other read.
+  static size_t reach(const ConvShape& shape, int axis, size_t outputs) {
+    return (outputs - 1) * shape.strides[axis] + (shape.kernel[axis] - 1) * shape.dilations[axis] +
+           1;
+  }
+};
 
 // Working memory of one task.
 struct Workspace {
   int16_t* words;        // [blocks][tiles][64]
-  int32_t* sums;         // [kBlockRows][kPanelN]
+  uint8_t* pixels;       // [planes][in_lines][in_columns][kPanelN]
+  const uint8_t** taps;  // [num_taps], of the first pixel of a chunk
+  int32_t* sums;         // [kChunkPixels][kPanelN]
   float* scaled;         // [kBlockRows][kPanelN]
-  const uint8_t** taps;  // [num_taps], of a pixel
 
-  Workspace(const GemmJob& job, size_t num_taps) {
+  Workspace(const GemmJob& job, const ConvShape& shape, const Strips& strips) {
     using S = Scratch;
     const size_t codes = kPanelBlocks * job.weight->num_tiles * kTileCodes;
-    const size_t count = kBlockRows * kPanelN;
+    const size_t bytes = shape.kernel[0] * strips.in_lines * strips.in_columns * kPanelN;
+    const size_t num_sums = kChunkPixels * kPanelN, num_scaled = kBlockRows * kPanelN;
     Scratch& scratch = task_scratch();
-    scratch.reset(S::room<int16_t>(codes) + S::room<int32_t>(count) + S::room<float>(count) +
-                  S::room<void*>(num_taps));
+    scratch.reset(S::room<int16_t>(codes) + S::room<uint8_t>(bytes) +
+                  S::room<void*>(shape.num_taps()) + S::room<int32_t>(num_sums) +
+                  S::room<float>(num_scaled));
     words = scratch.take<int16_t>(codes);
-    sums = scratch.take<int32_t>(count);
-    scaled = scratch.take<float>(count);
-    taps = scratch.take<const uint8_t*>(num_taps);
+    pixels = scratch.take<uint8_t>(bytes);
+    taps = scratch.take<const uint8_t*>(shape.num_taps());
+    sums = scratch.take<int32_t>(num_sums);
+    scaled = scratch.take<float>(num_scaled);
   }
 };
 
@@ -44,99 +87,121 @@ void expand(const GemmJob& job, const Panel& panel, int16_t* words) {
   }
 }
 
-// Outputs of an axis whose taps all lie inside.
-struct Interior {
-  size_t begin = 0, end = 0;
+// A strip's outputs: columns from x, lines from y, of plane z.
+struct Place {
+  size_t z, y, x, num_lines, num_columns;
 
-  Interior(const ConvShape& shape, int axis) {
-    const size_t stride = shape.strides[axis], pad = shape.pads[axis];
-    const size_t reach = (shape.kernel[axis] - 1) * shape.dilations[axis] + 1;
-    if (shape.in[axis] + pad < reach) return;
-    begin = ceil_div(pad, stride);
-    end = std::min(shape.out[axis], (shape.in[axis] + pad - reach) / stride + 1);
-  }
-  bool has(size_t at) const { return begin <= at && at < end; }
+  Place(const ConvShape& shape, const Strips& strips, size_t strip)
+      : z(strip / strips.per_plane),
+        y(strip % strips.per_plane / strips.per_line * strips.lines),
+        x(strip % strips.per_line * strips.columns),
+        num_lines(std::min(strips.lines, shape.out[1] - y)),
+        num_columns(std::min(strips.columns, shape.out[2] - x)) {}
 };
 
-// The pixels of a convolution, and where their taps are.
-class Pixels {
- public:
-  Pixels(const ConvShape& shape, const LhsRows& lhs)
-      : shape_(shape), lhs_(lhs), planes_(shape, 0), rows_(shape, 1), columns_(shape, 2) {}
+// The first bytes of pixels, which are `stride` apart, next to each other. kBytes: so many, or 0.
+template <size_t kBytes>
+void copy_bytes(const uint8_t* src, size_t stride, size_t bytes, size_t count, uint8_t* dst) {
+  for (size_t i = 0; i < count; ++i)
+    std::memcpy(dst + i * kPanelN, src + i * stride, kBytes ? kBytes : bytes);
+}
 
-  // Pixel `index`, from channel `channel` on.
-  void point_at(size_t index, size_t channel, const uint8_t** taps) const {
-    const uint8_t* base = static_cast<const uint8_t*>(lhs_.planes[0]) + channel;
-    const uint8_t* padding = static_cast<const uint8_t*>(lhs_.padding[0]);
-    const size_t x = index % shape_.out[2], zy = index / shape_.out[2];
-    for (size_t kz = 0; kz < shape_.kernel[0]; ++kz) {
-      const size_t plane = position(0, zy / shape_.out[1], kz);
-      for (size_t ky = 0; ky < shape_.kernel[1]; ++ky) {
-        const size_t row = position(1, zy % shape_.out[1], ky);
-        for (size_t kx = 0; kx < shape_.kernel[2]; ++kx) {
-          const size_t column = position(2, x, kx);
-          const bool inside = plane < shape_.in[0] && row < shape_.in[1] && column < shape_.in[2];
-          const size_t at = (plane * shape_.in[1] + row) * shape_.in[2] + column;
-          *taps++ = inside ? base + at * lhs_.stride : padding;
-        }
-      }
+void copy_pixels(const uint8_t* src, size_t stride, size_t bytes, size_t count, uint8_t* dst) {
+  const auto run = bytes == 4 * kTileN   ? copy_bytes<4 * kTileN>
+                   : bytes == 2 * kTileN ? copy_bytes<2 * kTileN>
+                   : bytes == kTileN     ? copy_bytes<kTileN>
+                                         : copy_bytes<0>;
+  run(src, stride, bytes, count, dst);
+}
+
+// One line of a strip's input: `line` and `column` count from where the padding begins.
+void copy_line(const GemmJob& job, const ConvShape& shape, const Panel& panel, size_t plane,
+               size_t line, size_t column, size_t num_columns, uint8_t* dst) {
+  const uint8_t padding = *static_cast<const uint8_t*>(job.lhs.padding[0]);
+  const auto inside = [&](size_t at, int axis) { return at - shape.pads[axis] < shape.in[axis]; };
+  if (!inside(plane, 0) || !inside(line, 1)) {
+    std::memset(dst, padding, num_columns * kPanelN);
+    return;
+  }
+  const size_t pad = shape.pads[2], end = column + num_columns;
+  const size_t first = std::clamp(pad, column, end);
+  const size_t last = std::clamp(pad + shape.in[2], first, end);
+  const size_t row = ((plane - shape.pads[0]) * shape.in[1] + line - shape.pads[1]) * shape.in[2];
+  const uint8_t* src = static_cast<const uint8_t*>(job.lhs.planes[0]) +
+                       (row + first - pad) * job.lhs.stride + panel.first_block * kTileN;
+  std::memset(dst, padding, (first - column) * kPanelN);
+  copy_pixels(src, job.lhs.stride, panel.num_channels, last - first,
+              dst + (first - column) * kPanelN);
+  std::memset(dst + (last - column) * kPanelN, padding, (end - last) * kPanelN);
+}
+
+void copy_strip(const GemmJob& job, const ConvShape& shape, const Panel& panel,
+                const Strips& strips, const Place& place, uint8_t* dst) {
+  for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+    const size_t plane = place.z * shape.strides[0] + kz * shape.dilations[0];
+    for (size_t i = 0; i < strips.in_lines; ++i, dst += strips.in_columns * kPanelN) {
+      copy_line(job, shape, panel, plane, place.y * shape.strides[1] + i,
+                place.x * shape.strides[2], strips.in_columns, dst);
     }
   }
+}
 
-  // How many pixels from this one on have all taps inside, each `step` bytes behind the one before:
-  // 1 where it has not itself.
-  size_t run_length(size_t index) const {
-    const size_t x = index % shape_.out[2], zy = index / shape_.out[2];
-    const bool inside =
-        planes_.has(zy / shape_.out[1]) && rows_.has(zy % shape_.out[1]) && columns_.has(x);
-    return inside ? columns_.end - x : 1;
+// Where the taps of the first pixel of a line of a strip are.
+void point_at(const ConvShape& shape, const Strips& strips, size_t line, const Workspace& work) {
+  const uint8_t** tap = work.taps;
+  for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+    for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
+      const size_t at = kz * strips.in_lines + line * shape.strides[1] + ky * shape.dilations[1];
+      for (size_t kx = 0; kx < shape.kernel[2]; ++kx)
+        *tap++ = work.pixels + (at * strips.in_columns + kx * shape.dilations[2]) * kPanelN;
+    }
   }
-  size_t step() const { return shape_.strides[2] * lhs_.stride; }
+}
 
- private:
-  // Beyond the axis in the padding before it, too.
-  size_t position(int axis, size_t out, size_t tap) const {
-    return out * shape_.strides[axis] + tap * shape_.dilations[axis] - shape_.pads[axis];
+// Sums of output rows [first, first + count).
+void finish(const GemmJob& job, const Panel& panel, size_t first, size_t count,
+            const Workspace& work) {
+  if (finishes_at_once(job)) return finish_rows(job, panel, first, count, &work.sums);
+  for (size_t i = 0; i < count; i += kBlockRows) {
+    const size_t rows = std::min(kBlockRows, count - i);
+    const int32_t* sums = work.sums + i * kPanelN;
+    combine_rows(job, panel, first + i, rows, 0, &sums, work.scaled);
+    store_rows(job, panel, first + i, rows, work.scaled);
   }
+}
 
-  const ConvShape& shape_;
-  const LhsRows& lhs_;
-  const Interior planes_, rows_, columns_;
-};
-
-void run(const GemmJob& job, const ConvShape& shape, const Panel& panel, size_t begin, size_t end) {
-  const Workspace work(job, shape.num_taps());
-  const Pixels pixels(shape, job.lhs);
+void run(const GemmJob& job, const ConvShape& shape, const Panel& panel, const Strips& strips,
+         size_t begin, size_t end) {
+  const Workspace work(job, shape, strips);
   expand(job, panel, work.words);
-  const size_t channel = panel.first_block * kTileN;
-  for (size_t first = begin; first < end; first += kBlockRows) {
-    const size_t count = std::min(kBlockRows, end - first);
-    for (size_t i = 0, rows; i < count; i += rows) {
-      rows = std::min(pixels.run_length(first + i), count - i);
-      pixels.point_at(first + i, channel, work.taps);
-      job.kernels->depthwise_s32_u8_s16(work.taps, pixels.step(), shape.num_taps(), work.words,
-                                        job.weight->num_tiles, rows, panel.num_blocks,
-                                        work.sums + i * kPanelN);
+  for (size_t strip = begin; strip < end; ++strip) {
+    const Place place(shape, strips, strip);
+    copy_strip(job, shape, panel, strips, place, work.pixels);
+    for (size_t line = 0; line < place.num_lines; line += strips.chunk_lines) {
+      const size_t lines = std::min(strips.chunk_lines, place.num_lines - line);
+      point_at(shape, strips, line, work);
+      job.kernels->depthwise_s32_u8_s16(work.taps, shape.strides[2] * kPanelN,
+                                        shape.strides[1] * strips.in_columns * kPanelN,
+                                        shape.num_taps(), work.words, job.weight->num_tiles, lines,
+                                        place.num_columns, panel.num_blocks, work.sums);
+      const size_t first = (place.z * shape.out[1] + place.y + line) * shape.out[2] + place.x;
+      finish(job, panel, first, lines * place.num_columns, work);
     }
-    if (finishes_at_once(job)) {
-      finish_rows(job, panel, first, count, &work.sums);
-      continue;
-    }
-    combine_rows(job, panel, first, count, 0, &work.sums, work.scaled);
-    store_rows(job, panel, first, count, work.scaled);
   }
 }
 
 }  // namespace
 
 void depthwise(const GemmJob& job, const ConvShape& shape, const Parallel& parallel) {
+  const Strips strips(shape);
   const size_t panels = ceil_div(job.n, kPanelN);
-  const size_t most = std::max<size_t>(1, kTaskWork / (kPanelN * shape.num_taps()));
-  const size_t rows = ceil_div(std::min(job.m, most), kBlockRows) * kBlockRows;
-  const size_t splits = ceil_div(job.m, rows);
+  const size_t work = strips.lines * strips.columns * kPanelN * shape.num_taps();
+  const size_t step = std::max<size_t>(1, kTaskWork / work);
+  const size_t splits = ceil_div(strips.count, step);
   parallel_for(parallel, panels * splits, [&](size_t task) {
-    const size_t begin = task / panels * rows;
-    run(job, shape, panel_of(job, task % panels), begin, std::min(begin + rows, job.m));
+    const size_t begin = task / panels * step;
+    run(job, shape, panel_of(job, task % panels), strips, begin,
+        std::min(begin + step, strips.count));
   });
 }
 

@@ -18,7 +18,7 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kPanelBytes = size_t{32} << 10;
+constexpr size_t kPanelBytes = size_t{128} << 10;
 constexpr size_t kLeastPixels = 64, kMostPixels = 512;
 constexpr size_t kLanePixels = 16;                    // kernels.h: panels are multiples of it
 constexpr size_t kLeastLanes = 8;                     // fewer pixels are rows
@@ -261,10 +261,12 @@ void run_few_strips(const Job& job, const Source& source, uint8_t* panels, float
 
 bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products) {
   const bool flat = shape.in[0] == 1 && shape.kernel[0] == 1 && shape.out[0] == 1;
-  return op.kernels->pixel_lanes && products.elements != Elements::kFloats &&
-         products.lhs_planes == 1 && op.weight->segments.size() == 1 && shape.groups == 1 &&
-         shape.channels_in % kTileK == 0 && flat && shape.num_out() >= kLeastLanes &&
-         shape.out[2] <= kMostPixels &&
+  const size_t lanes = op.kernels->pixel_lanes;
+  // Where many lanes would be empty, rows are faster.
+  const bool full = lanes && round_up(shape.num_out(), lanes) * 7 <= shape.num_out() * 8;
+  return full && products.elements != Elements::kFloats && products.lhs_planes == 1 &&
+         op.weight->segments.size() == 1 && shape.groups == 1 && shape.channels_in % kTileK == 0 &&
+         flat && shape.num_out() >= kLeastLanes && shape.out[2] <= kMostPixels &&
          (products.elements == Elements::kWords ||
           (products.rhs_planes == 1 && op.weight->limits[0] <= op.kernels->a8_byte_limit));
 }

@@ -356,7 +356,7 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     "avx2",
     1,
     64,
-    1,
+    8,
     expand_s8_afp_avx2,
     expand_s16_afp_avx2,
     expand_f32_afp_avx2,

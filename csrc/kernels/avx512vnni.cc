@@ -92,30 +92,39 @@ __m512i by_pairs() {
   return _mm512_load_si512(order);
 }
 
-// Entry `code` of 256 words: vpermi2w reads 6 bits of an index, blends do the rest.
-__m512i lookup_words(const int16_t* table, __m512i code) {
-  const auto quarter = [&](int at) {
-    return _mm512_permutex2var_epi16(_mm512_loadu_si512(table + at), code,
-                                     _mm512_loadu_si512(table + at + 32));
-  };
-  const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
-  const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
-  const __m512i below = _mm512_mask_blend_epi16(bit6, quarter(0), quarter(64));
-  const __m512i above = _mm512_mask_blend_epi16(bit6, quarter(128), quarter(192));
-  return _mm512_mask_blend_epi16(bit7, below, above);
+// Entry `code` of a table of 64 << kLevel words: vpermi2w reads 6 bits of an index, blends do the
+// rest.
+template <int kLevel>
+[[gnu::always_inline]] inline __m512i lookup_words(const int16_t* __restrict table, __m512i code) {
+  if constexpr (kLevel == 0) {
+    return _mm512_permutex2var_epi16(_mm512_loadu_si512(table), code,
+                                     _mm512_loadu_si512(table + 32));
+  } else {
+    constexpr int kHalf = 32 << kLevel;
+    const __mmask32 upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(kHalf));
+    return _mm512_mask_blend_epi16(upper, lookup_words<kLevel - 1>(table, code),
+                                   lookup_words<kLevel - 1>(table + kHalf, code));
+  }
 }
 
-void expand_s16_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
-                               const int16_t* table, int16_t* dst) {
+template <int kLevel>
+void expand_s16(const uint8_t* __restrict src, size_t num_tiles, unsigned bits,
+                const int16_t* __restrict table, int16_t* __restrict dst) {
   const Cutter cut(bits);
   const __m512i order = by_pairs();
   for (size_t tile = 0; tile < num_tiles; ++tile, src += 8 * bits, dst += kTileCodes) {
     const __m512i codes = _mm512_permutexvar_epi8(order, cut(src));
     const __m512i first = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(codes));
     const __m512i second = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(codes, 1));
-    _mm512_storeu_si512(dst, lookup_words(table, first));
-    _mm512_storeu_si512(dst + 2 * kTileN, lookup_words(table, second));
+    _mm512_storeu_si512(dst, lookup_words<kLevel>(table, first));
+    _mm512_storeu_si512(dst + 2 * kTileN, lookup_words<kLevel>(table, second));
   }
+}
+
+void expand_s16_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
+                               const int16_t* table, int16_t* dst) {
+  const auto expand = bits <= 6 ? expand_s16<0> : bits == 7 ? expand_s16<1> : expand_s16<2>;
+  expand(src, num_tiles, bits, table, dst);
 }
 
 // Entry `code` of a table of 32 << kLevel floats: vpermi2ps reads 5 bits of an index, blends do the
@@ -248,9 +257,9 @@ void combine_f32_s32_avx512vnni(const AfpqCombine* args) {
 
 const AfpqKernels kAfpqKernelsAvx512Vnni = {
     "avx512vnni",
-    0,
+    1,
     128,
-    0,
+    16,
     expand_s8_afp_avx512vnni,
     expand_s16_afp_avx512vnni,
     expand_f32_afp_avx512vnni,

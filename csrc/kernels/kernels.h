@@ -191,7 +191,8 @@ typedef struct AfpqKernels {
   // Preferences, where several ways give the same bits.
   int a16_as_words;   // a16 is faster as words
   int a8_byte_limit;  // a8 is faster as words where |rhs| goes beyond this
-  int pixel_lanes;    // 1x1 convolutions are faster with pixels in the lanes (gemm_pixels)
+  int pixel_lanes;    // of convolutions that are faster with pixels in the lanes (gemm_pixels): how
+                      // many go together, or 0
 
   // Codes -> signed bytes, one per code in stored order: dst[i] = table[window of 8 bits starting
   // at code i's bits]. The table has 256 entries and is periodic in 2^bits, so bits above the code
@@ -227,13 +228,15 @@ typedef struct AfpqKernels {
                            int accumulate, int32_t* dst);
 
   // Depthwise: channels meet only their own weights.
-  //   dst[r][16 b + c] = sum over t < num_taps of lhs[t][r * step + 16 b + c] *
-  //                      rhs[b * rhs_tiles + t / 4][t % 4 / 2][c][t % 2]               exact int32
-  // lhs: where each tap of the first row is; any number of rows, `step` bytes apart. rhs as
-  // expand_s16_afp writes it; the weight behind the last tap, if their number is odd, is 0.
-  void (*depthwise_s32_u8_s16)(const uint8_t* const* lhs, size_t step, size_t num_taps,
-                               const int16_t* rhs, size_t rhs_tiles, size_t num_rows,
-                               size_t num_blocks, int32_t* dst);
+  //   dst[y * num_columns + x][16 b + c] = sum over t < num_taps of                   exact int32
+  //       lhs[t][y * line_step + x * step + 16 b + c] *
+  //       rhs[b * rhs_tiles + t / 4][t % 4 / 2][c][t % 2]
+  // lhs: where each tap of the first pixel is; y < num_lines, x < num_columns, any number of both.
+  // rhs as expand_s16_afp writes it; the weight behind the last tap, if their number is odd, is 0.
+  void (*depthwise_s32_u8_s16)(const uint8_t* const* lhs, size_t step, size_t line_step,
+                               size_t num_taps, const int16_t* rhs, size_t rhs_tiles,
+                               size_t num_lines, size_t num_columns, size_t num_blocks,
+                               int32_t* dst);
 
   // gemm in float: lhs pointers to 4 * num_tiles floats, rhs as expand_f32_afp writes it (64
   // floats a tile). Each output is one chain of fma in (t, i, j) order, starting from 0 or from
