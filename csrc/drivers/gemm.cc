@@ -70,12 +70,12 @@ struct Floats {
 };
 
 // Pointers of one register tile, as kernels.h wants them: [tap][kMaxRows]. `first` and `count` are
-// in rows of planes.
+// in rows of planes, of which there are 1 or 2.
 template <typename T>
 void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count, size_t tap_begin,
                   size_t tap_end, size_t element_offset, const T** out) {
   for (size_t i = 0; i < count; ++i) {
-    const size_t row = (first + i) / planes, plane = (first + i) % planes;
+    const size_t row = (first + i) >> (planes - 1), plane = (first + i) & (planes - 1);
     const T* base = static_cast<const T*>(lhs.planes[plane]);
     if (lhs.offsets == nullptr) {
       out[i] = base + row * lhs.stride + element_offset;

@@ -36,6 +36,8 @@ __m512 clamp(__m512 value, __m512 low, __m512 high) {
 //   vpmultishiftqb  byte j of each lane <- the 8 bits from bit j * bits of the lane
 // Bits above a code are those of its neighbour; every lookup ignores them.
 struct Cutter {
+  static constexpr size_t kAhead = 4096;
+
   __mmask64 bytes;
   __m512i spread;
   __m512i offsets;
@@ -50,6 +52,8 @@ struct Cutter {
   }
 
   __m512i operator()(const uint8_t* src) const {
+    // Codes come from memory once: ask for them long before.
+    _mm_prefetch(reinterpret_cast<const char*>(src) + kAhead, _MM_HINT_T0);
     return _mm512_multishift_epi64_epi8(
         offsets, _mm512_permutexvar_epi8(spread, _mm512_maskz_loadu_epi8(bytes, src)));
   }
