@@ -128,6 +128,8 @@ def _ends(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     for strides in ((64, 1), (1, _ROWS)):
         args = (src, row_scales, bias, _LOW, _HIGH, *strides)
         yield _into("store_f32", np.float32, (64 * 64,), *args)
+        counted = (sums, columns, zeros, scales, *args[1:])
+        yield _into("finish_f32_s32", np.float32, (64 * 64,), *counted)
     residual = rng.integers(0, 256, (_ROWS, _CHANNELS), np.uint8)
     for text in ("ue1m7", "e2m4"):
         end = (residual, 128, 0.0390625, _LOW, _HIGH, text, np.float32(0.0390625))

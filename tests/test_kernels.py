@@ -210,6 +210,33 @@ def test_store_writes_rows_or_columns(isa: str, rows: int, low: float, high: flo
             assert (dst[:, rows:] == 7).all(), channels
 
 
+@pytest.mark.parametrize("rhs_planes", [1, 2])
+@pytest.mark.parametrize("lhs_planes", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40])
+def test_finish_combines_and_stores(isa: str, rows: int, lhs_planes: int, rhs_planes: int) -> None:
+    for channels in range(1, PANEL + 1, 3):
+        rng = np.random.default_rng(channels)
+        sums = rng.integers(-(2**29), 2**29, (rhs_planes, rows * lhs_planes, PANEL), np.int32)
+        columns = rng.integers(-(2**21), 2**21, (rhs_planes, channels), np.int32)
+        zero_points = rng.integers(0, 256**lhs_planes, rows, np.int32)
+        scales, row_scales, bias = floats(rng, channels), floats(rng, rows), floats(rng, channels)
+        row_scales[0] = np.nan
+        low, high = [(-INF, INF), (0.0, 1e6)][channels % 2]
+        products = np.zeros((rows, PANEL), np.float32)
+        kernels.combine_f32_s32("scalar", sums, columns, zero_points, scales, False, products)
+        args = [guarded(a) for a in (sums, columns, zero_points, scales, row_scales, bias)]
+        for strides, shape in (
+            ((channels + 3, 1), (rows, channels + 3)),
+            ((1, rows + 3), (channels, rows + 3)),
+        ):
+            expected = np.full(shape, 7, np.float32)
+            flat = expected.reshape(-1)
+            kernels.store_f32("scalar", products, row_scales, bias, low, high, *strides, flat)
+            with output(shape, np.float32, 7) as dst:
+                kernels.finish_f32_s32(isa, *args, low, high, *strides, dst.reshape(-1))
+                assert_same_bits(dst, expected, channels)
+
+
 # choice of a table
 
 

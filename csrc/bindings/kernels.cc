@@ -141,19 +141,19 @@ void transpose_f32(const std::string& isa, Array<const float, 2> src, Array<floa
   table_of(isa).transpose_f32(src.data(), src.shape(1), dst.shape(1), dst.shape(0), dst.data());
 }
 
-// sums: [rhs_planes, num_rows * lhs_planes, 64], column_sums: [rhs_planes, num_channels], dst:
-// [num_rows, 64]
-void combine_f32_s32(const std::string& isa, Array<const int32_t, 3> sums,
-                     Array<const int32_t, 2> column_sums, Array<const int32_t, 1> zero_points,
-                     Array<const float, 1> scales, bool accumulate, Array<float, 2> dst) {
-  const size_t planes = sums.shape(0), rows = dst.shape(0), channels = scales.shape(0);
+// sums: [rhs_planes, num_rows * lhs_planes, 64], column_sums: [rhs_planes, num_channels],
+// zero_points: [num_rows]
+AfpqCombine combine_of(const Array<const int32_t, 3>& sums,
+                       const Array<const int32_t, 2>& column_sums,
+                       const Array<const int32_t, 1>& zero_points,
+                       const Array<const float, 1>& scales) {
+  const size_t planes = sums.shape(0), rows = zero_points.shape(0), channels = scales.shape(0);
   require(planes == 1 || planes == 2, "sums must have 1 or 2 weight planes");
   require(rows >= 1 && (sums.shape(1) == rows || sums.shape(1) == 2 * rows),
-          "sums must have 1 or 2 rows a row of dst");
-  require(sums.shape(2) == kPanelN && dst.shape(1) == kPanelN, "sums and dst must have 64 columns");
-  require(column_sums.shape(0) == planes && column_sums.shape(1) == channels &&
-              zero_points.shape(0) == rows,
-          "column_sums must be [rhs_planes, num_channels] and zero_points [num_rows]");
+          "sums must have 1 or 2 rows a zero point");
+  require(sums.shape(2) == kPanelN, "sums must have 64 columns");
+  require(column_sums.shape(0) == planes && column_sums.shape(1) == channels,
+          "column_sums must be [rhs_planes, num_channels]");
   require(channels >= 1 && channels <= kPanelN, "scales must have 1..64 channels");
   AfpqCombine args = {};
   for (size_t q = 0; q < planes; ++q) {
@@ -162,30 +162,61 @@ void combine_f32_s32(const std::string& isa, Array<const int32_t, 3> sums,
   }
   args.zero_points = zero_points.data();
   args.scales = scales.data();
-  args.dst = dst.data();
   args.num_rows = rows;
   args.num_channels = channels;
   args.lhs_planes = static_cast<int>(sums.shape(1) / rows);
   args.rhs_planes = static_cast<int>(planes);
+  return args;
+}
+
+// dst: [num_rows, 64]
+void combine_f32_s32(const std::string& isa, Array<const int32_t, 3> sums,
+                     Array<const int32_t, 2> column_sums, Array<const int32_t, 1> zero_points,
+                     Array<const float, 1> scales, bool accumulate, Array<float, 2> dst) {
+  AfpqCombine args = combine_of(sums, column_sums, zero_points, scales);
+  require(dst.shape(0) == args.num_rows && dst.shape(1) == kPanelN, "dst must be [num_rows, 64]");
+  args.dst = dst.data();
   args.accumulate = accumulate;
   table_of(isa).combine_f32_s32(&args);
+}
+
+// row_scales: [num_rows], bias: [num_channels], dst: flat
+AfpqStore store_of(const float* src, const Array<const float, 1>& row_scales,
+                   const Array<const float, 1>& bias, float low, float high, size_t row_stride,
+                   size_t channel_stride, const Array<float, 1>& dst) {
+  const size_t rows = row_scales.shape(0), channels = bias.shape(0);
+  require(rows >= 1 && channels >= 1 && channels <= kPanelN,
+          "bias must have 1..64 channels, src at least one row");
+  require(row_stride == 1 || channel_stride == 1, "one of the strides must be 1");
+  require(dst.shape(0) > (rows - 1) * row_stride + (channels - 1) * channel_stride,
+          "dst is too small");
+  return {src,      row_scales.data(), bias.data(),    dst.data(), rows,
+          channels, row_stride,        channel_stride, low,        high};
 }
 
 // src: [num_rows, 64], dst: flat
 void store_f32(const std::string& isa, Array<const float, 2> src, Array<const float, 1> row_scales,
                Array<const float, 1> bias, float low, float high, size_t row_stride,
                size_t channel_stride, Array<float, 1> dst) {
-  const size_t rows = src.shape(0), channels = bias.shape(0);
-  require(src.shape(1) == kPanelN && row_scales.shape(0) == rows,
-          "src must be [num_rows, 64], row_scales [num_rows]");
-  require(rows >= 1 && channels >= 1 && channels <= kPanelN,
-          "bias must have 1..64 channels, src at least one row");
-  require(row_stride == 1 || channel_stride == 1, "one of the strides must be 1");
-  require(dst.shape(0) > (rows - 1) * row_stride + (channels - 1) * channel_stride,
-          "dst is too small");
-  const AfpqStore args = {src.data(), row_scales.data(), bias.data(),    dst.data(), rows,
-                          channels,   row_stride,        channel_stride, low,        high};
+  require(src.shape(1) == kPanelN && src.shape(0) == row_scales.shape(0),
+          "src must be [num_rows, 64]");
+  const AfpqStore args =
+      store_of(src.data(), row_scales, bias, low, high, row_stride, channel_stride, dst);
   table_of(isa).store_f32(&args);
+}
+
+void finish_f32_s32(const std::string& isa, Array<const int32_t, 3> sums,
+                    Array<const int32_t, 2> column_sums, Array<const int32_t, 1> zero_points,
+                    Array<const float, 1> scales, Array<const float, 1> row_scales,
+                    Array<const float, 1> bias, float low, float high, size_t row_stride,
+                    size_t channel_stride, Array<float, 1> dst) {
+  const AfpqFinishFloats args = {
+      combine_of(sums, column_sums, zero_points, scales),
+      store_of(nullptr, row_scales, bias, low, high, row_stride, channel_stride, dst)};
+  require(args.combine.num_rows == args.store.num_rows &&
+              args.combine.num_channels == args.store.num_channels,
+          "there must be as many row_scales as zero_points, as many scales as biases");
+  table_of(isa).finish_f32_s32(&args);
 }
 
 }  // namespace
@@ -215,6 +246,7 @@ void bind_kernels(nb::module_& module) {
   m.def("transpose_f32", transpose_f32);
   m.def("combine_f32_s32", combine_f32_s32);
   m.def("store_f32", store_f32);
+  m.def("finish_f32_s32", finish_f32_s32);
   bind_plane_kernels(m);
   bind_byte_kernels(m);
 }

@@ -90,14 +90,18 @@ void combine_rows(const GemmJob& job, const Panel& panel, size_t first, size_t c
 }
 
 bool finishes_at_once(const GemmJob& job) {
-  return job.byte_rows.bytes && job.products.elements != Elements::kFloats &&
-         job.products.lhs_planes == 1 && job.weight->segments.size() == 1;
+  if (job.products.elements == Elements::kFloats || job.weight->segments.size() > 1) return false;
+  return job.byte_rows.bytes ? job.products.lhs_planes == 1 : !job.residual.bytes;
 }
 
 void finish_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
                  const int32_t* const* sums) {
-  const AfpqFinish finish = {combine_of(job, panel, first, count, 0, sums),
-                             store_bytes_of(job, panel, first, count, nullptr)};
+  const AfpqCombine combine = combine_of(job, panel, first, count, 0, sums);
+  if (!job.byte_rows.bytes) {
+    const AfpqFinishFloats finish = {combine, store_of(job, panel, first, count, nullptr)};
+    return job.kernels->finish_f32_s32(&finish);
+  }
+  const AfpqFinish finish = {combine, store_bytes_of(job, panel, first, count, nullptr)};
   job.kernels->finish_u8_s32(&finish);
 }
 

@@ -27,7 +27,8 @@ const float* scales_of(const GemmJob& job, const Panel& panel, size_t segment);
 void combine_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
                   size_t segment, const int32_t* const* sums, float* scaled);
 
-// Whether sums can be finished at once: one segment, to bytes.
+// Whether sums can be finished at once: one segment, to bytes with one plane of lhs, or to floats
+// without a residual.
 bool finishes_at_once(const GemmJob& job);
 
 // Does it: combine_rows and store_rows.

@@ -93,15 +93,6 @@ void use_sums(const AfpqKernels& kernels, PackedWeight* weight) {
     weight->joined_sums[i] += 256 * weight->column_sums[1][i];
 }
 
-unsigned PackedWeight::code(size_t channel, size_t step) const {
-  const unsigned bits = format.bits();
-  const uint8_t* tile = block(channel / kTileN) + step / kTileK * tile_bytes;
-  const size_t bit = (channel % kTileN * kTileK + step % kTileK) * bits;
-  unsigned window = tile[bit / 8] >> (bit % 8);
-  if (bit % 8 + bits > 8) window |= static_cast<unsigned>(tile[bit / 8 + 1]) << (8 - bit % 8);
-  return window & ((1u << bits) - 1);
-}
-
 void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t* data, size_t n,
                  size_t k, const float* scales, size_t num_scales, size_t group_size,
                  size_t segment_multiple, bool integer_sums, PackedWeight* weight) {
@@ -132,11 +123,20 @@ void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t
   if (integer_sums) sum_columns(kernels, weight);
 }
 
+// A tile holds 4 codes of each channel next to each other, which begin at a byte or in its middle.
 void decode_row(const PackedWeight& weight, size_t row, float* dst) {
-  const size_t width = weight.num_blocks * kTileN;
-  for (size_t step = 0; step < weight.k; ++step) {
+  const unsigned bits = weight.format.bits();
+  const size_t at = row % kTileN * kTileK * bits, shift = at % 8;
+  const size_t num_bytes = ceil_div(shift + kTileK * bits, 8), width = weight.num_blocks * kTileN;
+  const uint8_t* src = weight.block(row / kTileN) + at / 8;
+  for (size_t step = 0; step < weight.k; step += kTileK, src += weight.tile_bytes) {
     const size_t group = weight.group_size ? step / weight.group_size : 0;
-    dst[step] = weight.tables.value[weight.code(row, step)] * weight.scales[group * width + row];
+    const float scale = weight.scales[group * width + row];
+    uint64_t codes = 0;
+    for (size_t i = 0; i < num_bytes; ++i) codes |= uint64_t{src[i]} << (8 * i);
+    codes >>= shift;
+    for (size_t i = 0; i < std::min<size_t>(kTileK, weight.k - step); ++i, codes >>= bits)
+      dst[step + i] = weight.tables.value[codes & 255] * scale;
   }
 }
 

@@ -48,8 +48,6 @@ struct PackedWeight {
   bool fits_words = false;
 
   const uint8_t* block(size_t index) const { return data + index * num_tiles * tile_bytes; }
-  // Code of (channel, step k), for the paths that need single weights.
-  unsigned code(size_t channel, size_t step) const;
 };
 
 // `scales` is [num_groups][n] (num_groups > 1 with group_size, a multiple of 4), [n] or [1].

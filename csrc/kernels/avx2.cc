@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "finish.h"
 #include "kernels.h"
 
 namespace {
@@ -350,6 +351,10 @@ void combine_f32_s32_avx2(const AfpqCombine* args) {
   }
 }
 
+void finish_f32_s32_avx2(const AfpqFinishFloats* args) {
+  afpq_finish_floats(args, combine_f32_s32_avx2, store_f32_avx2);
+}
+
 }  // namespace
 
 const AfpqKernels kAfpqKernelsAvx2 = {
@@ -376,6 +381,7 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     transpose_f32_avx2,
     combine_f32_s32_avx2,
     store_f32_avx2,
+    finish_f32_s32_avx2,
     store_u8_f32_avx2,
     finish_u8_s32_avx2,
     pick_f32_avx2,

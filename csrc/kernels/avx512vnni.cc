@@ -174,6 +174,9 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 #include "avx512vnni_quantize.inc"
 #include "avx512vnni_transpose.inc"
 
+// Behind the part that it uses.
+#include "avx512vnni_store.inc"
+
 // Behind the parts that it uses.
 #include "avx512vnni_bytes.inc"
 
@@ -215,48 +218,6 @@ void range_f32_avx512vnni(const float* src, size_t count, float* low, float* hig
   *finite = a.special == 0;
 }
 
-// P[q] of kernels.h for 16 channels: sums, column sums and zero points as there.
-template <int kLhsPlanes>
-__m512 plane_sum(const AfpqCombine& args, int q, size_t r, size_t c, __mmask16 mask) {
-  const __m512i columns = _mm512_maskz_loadu_epi32(mask, args.column_sums[q] + c);
-  const int32_t* row = args.sums[q] + r * kLhsPlanes * kPanelN + c;
-  const int32_t zero_point = args.zero_points[r];
-  const auto shifted = [&](const int32_t* sums, int32_t part) {
-    const __m512i shift = _mm512_mullo_epi32(_mm512_set1_epi32(part), columns);
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, sums), shift));
-  };
-  if constexpr (kLhsPlanes == 1) return shifted(row, zero_point);
-  return _mm512_fmadd_ps(shifted(row, zero_point >> 8), _mm512_set1_ps(256.0f),
-                         shifted(row + kPanelN, zero_point & 255));
-}
-
-template <int kLhsPlanes, int kRhsPlanes>
-void combine(const AfpqCombine& args) {
-  for (size_t r = 0; r < args.num_rows; ++r) {
-    float* dst = args.dst + r * kPanelN;
-    for (size_t c = 0; c < args.num_channels; c += kLanes) {
-      const __mmask16 mask = lanes_at(c, args.num_channels);
-      const __m512 scale = _mm512_maskz_loadu_ps(mask, args.scales + c);
-      __m512 value = plane_sum<kLhsPlanes>(args, 0, r, c, mask);
-      if constexpr (kRhsPlanes == 2) {
-        value = _mm512_fmadd_ps(plane_sum<kLhsPlanes>(args, 1, r, c, mask), _mm512_set1_ps(256.0f),
-                                value);
-      }
-      value = args.accumulate ? _mm512_fmadd_ps(value, scale, _mm512_maskz_loadu_ps(mask, dst + c))
-                              : _mm512_mul_ps(value, scale);
-      _mm512_mask_storeu_ps(dst + c, mask, value);
-    }
-  }
-}
-
-void combine_f32_s32_avx512vnni(const AfpqCombine* args) {
-  if (args->lhs_planes == 1) {
-    (args->rhs_planes == 1 ? combine<1, 1> : combine<1, 2>)(*args);
-  } else {
-    (args->rhs_planes == 1 ? combine<2, 1> : combine<2, 2>)(*args);
-  }
-}
-
 }  // namespace
 
 const AfpqKernels kAfpqKernelsAvx512Vnni = {
@@ -283,6 +244,7 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     transpose_f32_avx512vnni,
     combine_f32_s32_avx512vnni,
     store_f32_avx512vnni,
+    finish_f32_s32_avx512vnni,
     store_u8_f32_avx512vnni,
     finish_u8_s32_avx512vnni,
     pick_f32_avx512vnni,

@@ -65,6 +65,13 @@ typedef struct AfpqStore {
   float low, high;        // -inf, +inf: no clamp
 } AfpqStore;
 
+// Both steps from sums to floats at once: store.src is what combine would write. combine.dst,
+// accumulate and store.src are not used; the numbers of rows and channels are store's.
+typedef struct AfpqFinishFloats {
+  AfpqCombine combine;
+  AfpqStore store;
+} AfpqFinishFloats;
+
 struct AfpqQuantize;
 
 // The same end of a layer to rows of bytes, or of floats behind which only a change of layout
@@ -280,6 +287,7 @@ typedef struct AfpqKernels {
 
   void (*combine_f32_s32)(const AfpqCombine* c);
   void (*store_f32)(const AfpqStore* s);
+  void (*finish_f32_s32)(const AfpqFinishFloats* f);
   void (*store_u8_f32)(const AfpqStoreBytes* s);
   void (*finish_u8_s32)(const AfpqFinish* f);
 

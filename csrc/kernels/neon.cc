@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "finish.h"
 #include "kernels.h"
 
 namespace {
@@ -222,6 +223,10 @@ void range_f32_neon(const float* src, size_t count, float* low, float* high, int
 // Behind the parts that it uses.
 #include "neon_store.inc"
 
+void finish_f32_s32_neon(const AfpqFinishFloats* args) {
+  afpq_finish_floats(args, combine_f32_s32_neon, store_f32_neon);
+}
+
 }  // namespace
 
 const AfpqKernels kAfpqKernelsNeon = {
@@ -248,6 +253,7 @@ const AfpqKernels kAfpqKernelsNeon = {
     transpose_f32_neon,
     combine_f32_s32_neon,
     store_f32_neon,
+    finish_f32_s32_neon,
     store_u8_f32_neon,
     finish_u8_s32_neon,
     pick_f32_neon,

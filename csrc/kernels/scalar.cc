@@ -2,6 +2,7 @@
 // any processor.
 #include <math.h>
 
+#include "finish.h"
 #include "kernels.h"
 
 namespace {
@@ -320,6 +321,10 @@ void planar_f32_scalar(const AfpqPlanar* p) {
   }
 }
 
+void finish_f32_s32_scalar(const AfpqFinishFloats* args) {
+  afpq_finish_floats(args, combine_f32_s32_scalar, store_f32_scalar);
+}
+
 }  // namespace
 
 const AfpqKernels kAfpqKernelsScalar = {
@@ -346,6 +351,7 @@ const AfpqKernels kAfpqKernelsScalar = {
     transpose_f32_scalar,
     combine_f32_s32_scalar,
     store_f32_scalar,
+    finish_f32_s32_scalar,
     store_u8_f32_scalar,
     finish_u8_s32_scalar,
     pick_f32_scalar,

@@ -105,6 +105,36 @@ void compare_store(Comparison* comparison) {
   });
 }
 
+void compare_finish_floats(Comparison* comparison) {
+  comparison->begin("finish_f32_s32");
+  Random random(26);
+  for_ends([&](size_t rows, size_t channels, const Bounds& bounds) {
+    const Guarded<float> scales(random.numbers(rows)), bias(random.numbers(channels));
+    for (const int lhs_planes : {1, 2}) {
+      const Sums sums(&random, rows, channels, lhs_planes);
+      for (const int rhs_planes : {1, 2}) {
+        for (const bool planes : {false, true}) {
+          AfpqFinishFloats args = {
+              sums.arguments(rows, channels, lhs_planes, rhs_planes, 0, nullptr),
+              {nullptr, scales.data(), bias.data(), nullptr, rows, channels, 0, 0, bounds.low,
+               bounds.high}};
+          args.store.row_stride = planes ? 1 : channels + 3;
+          args.store.channel_stride = planes ? rows + 3 : 1;
+          const size_t size =
+              planes ? (channels - 1) * (rows + 3) + rows : (rows - 1) * (channels + 3) + channels;
+          comparison->results(std::vector<float>(size, 7.0f),
+                              text_of("rows, channels, lhs_planes, rhs_planes, planes", rows,
+                                      channels, lhs_planes, rhs_planes, int{planes}),
+                              [&](const AfpqKernels& kernels, float* dst) {
+                                args.store.dst = dst;
+                                kernels.finish_f32_s32(&args);
+                              });
+        }
+      }
+    }
+  });
+}
+
 // A float format of bytes.
 AfpqQuantize quantize_of(float low, float high, int mantissa_bits) {
   AfpqQuantize q = {};
@@ -282,6 +312,7 @@ void compare_planar(Comparison* comparison) {
 void compare_ends(Comparison* comparison) {
   compare_combine(comparison);
   compare_store(comparison);
+  compare_finish_floats(comparison);
   compare_store_bytes(comparison);
   compare_finish(comparison);
   compare_pick(comparison);
