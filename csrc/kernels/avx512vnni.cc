@@ -170,15 +170,15 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 
 #include "avx512vnni_gemm.inc"
 #include "avx512vnni_pixels.inc"
-#include "avx512vnni_planar.inc"
 #include "avx512vnni_quantize.inc"
+#include "avx512vnni_taps.inc"
 #include "avx512vnni_transpose.inc"
 
-// Behind the part that it uses.
-#include "avx512vnni_store.inc"
-
-// Behind the parts that it uses.
+// Behind the parts that they use.
 #include "avx512vnni_bytes.inc"
+#include "avx512vnni_depthwise.inc"
+#include "avx512vnni_planar.inc"
+#include "avx512vnni_store.inc"
 
 struct Range {
   __m512 low = _mm512_setzero_ps();
