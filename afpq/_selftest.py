@@ -78,6 +78,10 @@ def _products(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     for limit in (15, 31, 63, 127):
         rhs = rng.integers(-limit, limit, rhs_shape, np.int8, endpoint=True)
         yield _into("gemm_s32_u8_s8", np.int32, dst, lhs, rhs, limit, False)
+    for bits in (4, 7, 8):
+        codes = rng.integers(0, 256, _TILES * 8 * bits, np.uint8)
+        table = np.resize(rng.integers(-128, 128, 2**bits, np.int8), 256)
+        yield _into("gemm_s32_u8_afp", np.int32, dst, lhs[0], codes, bits, table, False)
     words = rng.integers(-(2**15), 2**15, shape, np.int16)
     weights = rng.integers(-300, 300, rhs_shape, np.int16)
     yield _into("gemm_s32_s16_s16", np.int32, dst, words, weights, False)

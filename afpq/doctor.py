@@ -21,7 +21,7 @@ from afpq.packing import pack
 from afpq.rates import RATE_FORMATS, RATE_MODES
 from afpq.report import environment
 
-__all__ = ["Check", "doctor", "measure"]
+__all__ = ["Check", "doctor", "measure", "memory_rate", "product_rate"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def measure() -> tuple[list[Check], dict[str, dict[str, float]]]:
         return f"{rate} GMAC/s, decoding and rounding included"
 
     checks = [
-        _attempt("memory", lambda: f"{_memory_rate() / 1e9:.1f} GB/s read"),
+        _attempt("memory", lambda: f"{memory_rate() / 1e9:.1f} GB/s read"),
+        _attempt("products", lambda: f"{product_rate() / 1e9:.1f} GMAC/s of bytes that stay in L1"),
         _attempt("float32", lambda: f"{_float_rate() / 1e9:.1f} GMAC/s, onnxruntime's MatMul"),
         *(
             _attempt(f"{text} {mode}", partial(layer, text, mode))
@@ -133,10 +134,19 @@ def _best_time(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def _memory_rate() -> float:
-    """Bytes a second, of a sum over more than the caches hold."""
+def memory_rate() -> float:
+    """Bytes a second, of a sum over more than the caches hold. One thread."""
     array = np.ones(1 << 25, np.float32)
     return array.nbytes / _best_time(lambda: array.view(np.uint64).max())
+
+
+def product_rate() -> float:
+    """Products a second of the kernel of bytes, on operands in the first cache. One thread."""
+    from afpq import _core
+
+    calls, isa = 2000, _core.kernels.active_isa()
+    seconds = min(_core.time_products(isa, calls) for _ in range(20))
+    return 6 * 64 * 256 * calls / seconds
 
 
 _N, _ROWS = 512, 256  # of a layer that fits the caches

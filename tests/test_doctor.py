@@ -47,9 +47,9 @@ def test_a_kernel_that_gives_other_bits_is_named(monkeypatch):
 def test_peaks_are_measured(monkeypatch):
     monkeypatch.setattr(module, "_SECONDS", 0.0)
     checks, rates = module.measure()
-    assert len(checks) == 14 and all(check.passed for check in checks), checks
+    assert len(checks) == 15 and all(check.passed for check in checks), checks
     assert all(float(check.detail.split()[0]) > 0 for check in checks)
-    shown = {check.name: float(check.detail.split()[0]) for check in checks[2:]}
+    shown = {check.name: float(check.detail.split()[0]) for check in checks[3:]}
     assert shown == {f"{text} {mode}": rates[mode][text] for mode in rates for text in rates[mode]}
 
 

@@ -14,6 +14,7 @@ from kernel_arrays import INF, Array, assert_same_bits, clamp, floats, fma, guar
 
 from afpq import _core
 from afpq.formats import all_formats, codebook
+from afpq.packing import pack
 
 kernels = _core.kernels
 MR, PANEL, TILE = 6, 64, 64
@@ -112,6 +113,26 @@ def test_gemm_of_bytes_does_not_saturate(isa: str, num_rows: int, sign: int, lim
     with output((num_rows, PANEL), np.int32) as dst:
         kernels.gemm_s32_u8_s8(isa, lhs, rhs, limit, False, dst)
         assert (dst == 255 * weight * 16384).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("num_rows", range(1, MR + 1))
+def test_gemm_of_codes_is_exact(isa: str, num_rows: int, bits: int) -> None:
+    rng = np.random.default_rng(num_rows * 10 + bits)
+    for tiles, accumulate in itertools.product((1, 2, 3, 4, 7, 33), (False, True)):
+        codes = rng.integers(0, 2**bits, (16, 4 * tiles), np.uint8)
+        table = np.resize(rng.integers(-128, 128, 2**bits, np.int8), 256)
+        lhs = rng.integers(0, 256, (num_rows, 4 * tiles), np.uint8)
+        before = rng.integers(-1000, 1000, (num_rows, PANEL)).astype(np.int32)
+        expected = before.copy()
+        sums = lhs.astype(np.int32) @ table[codes].astype(np.int32).T
+        expected[:, :16] = sums + accumulate * before[:, :16]
+        with output((num_rows, PANEL), np.int32, before) as dst:
+            packed = guarded(pack(codes, bits))
+            kernels.gemm_s32_u8_afp(
+                isa, guarded(lhs), packed, bits, guarded(table), accumulate, dst
+            )
+            assert_same_bits(dst, expected, (tiles, accumulate))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

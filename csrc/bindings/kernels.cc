@@ -9,6 +9,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -81,6 +82,23 @@ void gemm_bytes(const std::string& isa, Array<const uint8_t, 3> lhs, Array<const
   run_gemm(lhs, rhs, dst, [&](auto... args) {
     table_of(isa).gemm_s32_u8_s8(args..., limit, accumulate, dst.data());
   });
+}
+
+// lhs: [num_rows, 4 * num_tiles], src: [num_tiles * 8 * bits], table: [256], dst: [num_rows, 64],
+// of which 16 columns are used
+void gemm_s32_u8_afp(const std::string& isa, Array<const uint8_t, 2> lhs,
+                     Array<const uint8_t, 1> src, unsigned bits, Array<const int8_t, 1> table,
+                     bool accumulate, Array<int32_t, 2> dst) {
+  const size_t rows = lhs.shape(0), tiles = lhs.shape(1) / kTileK;
+  require(rows >= 1 && rows <= kMaxRows && tiles >= 1 && lhs.shape(1) % kTileK == 0,
+          "lhs must be [1..6, a multiple of 4]");
+  require(bits >= 2 && bits <= 8 && src.shape(0) == tiles * 8 * bits && table.shape(0) == 256,
+          "src must have 8 * bits bytes for each 4 columns of lhs, table 256 entries");
+  require(dst.shape(0) == rows && dst.shape(1) == kPanelN, "dst must be [num_rows, 64]");
+  const uint8_t* pointers[kMaxRows] = {};
+  for (size_t r = 0; r < rows; ++r) pointers[r] = lhs.data() + r * lhs.shape(1);
+  table_of(isa).gemm_s32_u8_afp(pointers, rows, src.data(), tiles, bits, table.data(), accumulate,
+                                dst.data());
 }
 
 std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const float, 1> src) {
@@ -219,10 +237,30 @@ void finish_f32_s32(const std::string& isa, Array<const int32_t, 3> sums,
   table_of(isa).finish_f32_s32(&args);
 }
 
+// Seconds that `calls` products of 6 x 64 x 256 bytes take, which stay in L1: the most that layers
+// can reach.
+double time_products(const std::string& isa, size_t calls) {
+  constexpr size_t kTiles = 64;
+  const AfpqKernels& kernels = table_of(isa);
+  const std::vector<uint8_t> lhs(kMaxRows * kTiles * kTileK, 3);
+  const std::vector<int8_t> rhs(kPanelBlocks * kTiles * kTileCodes, 5);
+  std::vector<int32_t> dst(kMaxRows * kPanelN);
+  const uint8_t* rows[kMaxRows];
+  for (size_t r = 0; r < kMaxRows; ++r) rows[r] = lhs.data() + r * kTiles * kTileK;
+  const auto start = std::chrono::steady_clock::now();
+  for (size_t i = 0; i < calls; ++i) {
+    kernels.gemm_s32_u8_s8(rows, 1, kTiles, rhs.data(), kTiles, kMaxRows, kPanelBlocks, 60, 0,
+                           dst.data());
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& module) {
   using K = AfpqKernels;
+  module.def("time_products", time_products, "isa"_a, "calls"_a,
+             "Seconds of so many products of 6 x 64 x 256 bytes in L1.");
   nb::module_ m =
       module.def_submodule("kernels", "The raw kernel tables, for tests and benchmarks.");
   m.def("isa_names", isa_names, "Names of the supported tables, best first.");
@@ -232,6 +270,7 @@ void bind_kernels(nb::module_& module) {
   m.def("expand_s16_afp", expand<int16_t, &K::expand_s16_afp>);
   m.def("expand_f32_afp", expand<float, &K::expand_f32_afp>);
   m.def("gemm_s32_u8_s8", gemm_bytes);
+  m.def("gemm_s32_u8_afp", gemm_s32_u8_afp);
   m.def("gemm_s32_s16_s16", gemm<int16_t, int16_t, int32_t, &K::gemm_s32_s16_s16>);
   m.def("gemm_f32_f32_f32", gemm<float, float, float, &K::gemm_f32_f32_f32>);
   m.def("range_f32", range_f32);

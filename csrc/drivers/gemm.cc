@@ -181,13 +181,36 @@ bool finish_segment(const GemmJob& job, const Panel& panel, size_t first, size_t
   return true;
 }
 
-// All rows fit one block: k is expanded a little at a time and used while it is in L1.
+// Sums of one segment of all rows, by codes; there are at most kMaxRows rows of planes.
+template <typename E>
+void sum_codes(const GemmJob& job, const Panel& panel, const Segment& segment,
+               const Workspace<E>& work) {
+  const PackedWeight& weight = *job.weight;
+  const size_t planes = job.products.lhs_planes, rows = job.m * planes;
+  row_pointers(job.lhs, planes, 0, rows, 0, 1, segment.begin * kTileK, work.pointers);
+  for (size_t b = 0; b < panel.num_blocks; ++b) {
+    const uint8_t* src = weight.block(panel.first_block + b) + segment.begin * weight.tile_bytes;
+    for (int q = 0; q < job.products.rhs_planes; ++q) {
+      job.kernels->gemm_s32_u8_afp(reinterpret_cast<const uint8_t* const*>(work.pointers), rows,
+                                   src, segment.end - segment.begin, weight.format.bits(),
+                                   q == 0 ? weight.tables.low : weight.tables.high, 0,
+                                   reinterpret_cast<int32_t*>(work.sums[q]) + b * kTileN);
+    }
+  }
+}
+
+// All rows fit one block: k is expanded a little at a time and used while it is in L1, or in
+// registers.
 template <typename E>
 void gemm_few_rows(const GemmJob& job, const Panel& panel) {
   const Workspace<E> work(job, E::kFewRowsTiles, 1);
+  const bool codes = job.products.elements == Elements::kBytes &&
+                     job.m * job.products.lhs_planes <= static_cast<size_t>(job.kernels->code_rows);
   const std::vector<Segment>& segments = job.weight->segments;
   for (size_t s = 0; s < segments.size(); ++s) {
-    for (size_t begin = segments[s].begin; begin < segments[s].end; begin += E::kFewRowsTiles) {
+    if (codes) sum_codes(job, panel, segments[s], work);
+    for (size_t begin = segments[s].begin; !codes && begin < segments[s].end;
+         begin += E::kFewRowsTiles) {
       const size_t end = std::min(begin + E::kFewRowsTiles, segments[s].end);
       expand_panel(job, panel, begin, end, work);
       sum_tiles(job, panel, 0, job.m, begin, end, begin, end - begin, begin > segments[s].begin,
@@ -246,10 +269,12 @@ void gemm_of(const GemmJob& job, const Parallel& parallel) {
 
 }  // namespace
 
-Products products_of(const AfpqKernels& kernels, Activations mode, const PackedWeight& weight) {
+Products products_of(const AfpqKernels& kernels, Activations mode, const PackedWeight& weight,
+                     size_t rows) {
   const int planes = weight.format.num_planes();
   if (planes == 0 || mode == Activations::kF32) return {};
-  if (weight.fits_words) {
+  const bool by_codes = rows <= static_cast<size_t>(kernels.code_rows) / static_cast<size_t>(mode);
+  if (weight.fits_words && !by_codes) {
     if (mode == Activations::kA16 && kernels.a16_as_words) return {Elements::kWords, 1, planes};
     if (mode == Activations::kA8 && (planes == 2 || weight.limits[0] > kernels.a8_byte_limit))
       return {Elements::kWords, 1, 1};

@@ -43,7 +43,9 @@ struct Products {
     return elements == Elements::kFloats ? 4 : elements == Elements::kWords ? 2 : 1;
   }
 };
-Products products_of(const AfpqKernels& kernels, Activations mode, const PackedWeight& weight);
+// `rows`: of lhs. A few are bytes, which kernels multiply by codes.
+Products products_of(const AfpqKernels& kernels, Activations mode, const PackedWeight& weight,
+                     size_t rows = SIZE_MAX);
 
 // Where the rows of lhs lie. Either row r starts at plane + r * stride (offsets null: one tap of
 // all k), or tap t of row r starts at plane + offsets[r * num_taps + t], or at `padding` where the

@@ -16,7 +16,7 @@ constexpr size_t kTaskElements = size_t{1}
 void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Parallel& parallel) {
   const PackedWeight& weight = *op.weight;
   const size_t k = weight.k, padded = weight.num_tiles * kTileK;
-  const Products products = products_of(*op.kernels, op.rounding.mode, weight);
+  const Products products = products_of(*op.kernels, op.rounding.mode, weight, m);
   const bool floats = products.elements == Elements::kFloats;
   const bool words = products.elements == Elements::kWords;
   const size_t plane_bytes = floats && padded == k ? 0 : m * padded * products.element_bytes();

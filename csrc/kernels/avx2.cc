@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "finish.h"
+#include "compose.h"
 #include "kernels.h"
 
 namespace {
@@ -355,17 +355,26 @@ void finish_f32_s32_avx2(const AfpqFinishFloats* args) {
   afpq_finish_floats(args, combine_f32_s32_avx2, store_f32_avx2);
 }
 
+void gemm_s32_u8_afp_avx2(const uint8_t* const* lhs, size_t num_rows, const uint8_t* src,
+                          size_t num_tiles, unsigned bits, const int8_t* table, int accumulate,
+                          int32_t* dst) {
+  afpq_multiply_codes(lhs, num_rows, src, num_tiles, bits, table, accumulate, dst,
+                      expand_s8_afp_avx2, gemm_s32_u8_s8_avx2);
+}
+
 }  // namespace
 
 const AfpqKernels kAfpqKernelsAvx2 = {
     "avx2",
     1,
     64,
+    0,
     8,
     expand_s8_afp_avx2,
     expand_s16_afp_avx2,
     expand_f32_afp_avx2,
     gemm_s32_u8_s8_avx2,
+    gemm_s32_u8_afp_avx2,
     gemm_s32_s16_s16_avx2,
     depthwise_s32_u8_s16_avx2,
     gemm_f32_f32_f32_avx2,

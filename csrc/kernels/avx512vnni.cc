@@ -59,33 +59,43 @@ struct Cutter {
   }
 };
 
-// vpermb reads 6 bits of an index, vpermi2b 7.
+// Entry `code` of a table of 256 bytes that is periodic in 2^bits: vpermb reads 6 bits of an index,
+// vpermi2b 7. kLevel: 0 up to 6 bits, 1 for 7, 2 for 8.
+template <int kLevel>
+struct ByteTable {
+  __m512i t0, t1, t2, t3;
+
+  explicit ByteTable(const int8_t* table)
+      : t0(_mm512_loadu_si512(table)),
+        t1(_mm512_loadu_si512(table + 64)),
+        t2(_mm512_loadu_si512(table + 128)),
+        t3(_mm512_loadu_si512(table + 192)) {}
+
+  [[gnu::always_inline]] __m512i operator()(__m512i code) const {
+    if constexpr (kLevel == 0) return _mm512_permutexvar_epi8(code, t0);
+    const __m512i below = _mm512_permutex2var_epi8(t0, code, t1);
+    if constexpr (kLevel == 1) return below;
+    const __m512i above = _mm512_permutex2var_epi8(t2, code, t3);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), below, above);
+  }
+};
+
+template <int kLevel>
+void expand_s8(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
+               int8_t* dst) {
+  const Cutter cut(bits);
+  const ByteTable<kLevel> lookup(table);
+  const int8_t* end = dst + num_tiles * kTileCodes;
+#pragma GCC unroll 4
+  for (; dst < end; src += 8 * bits, dst += kTileCodes) {
+    _mm512_storeu_si512(dst, lookup(cut(src)));
+  }
+}
+
 void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
                               const int8_t* table, int8_t* dst) {
-  const Cutter cut(bits);
-  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
-  const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
-  const size_t step = 8 * bits;
-  const int8_t* end = dst + num_tiles * kTileCodes;
-  if (bits <= 6) {
-#pragma GCC unroll 4
-    for (; dst < end; src += step, dst += kTileCodes) {
-      _mm512_storeu_si512(dst, _mm512_permutexvar_epi8(cut(src), t0));
-    }
-  } else if (bits == 7) {
-#pragma GCC unroll 4
-    for (; dst < end; src += step, dst += kTileCodes) {
-      _mm512_storeu_si512(dst, _mm512_permutex2var_epi8(t0, cut(src), t1));
-    }
-  } else {
-#pragma GCC unroll 2
-    for (; dst < end; src += step, dst += kTileCodes) {
-      const __m512i code = _mm512_loadu_si512(src);
-      const __m512i below = _mm512_permutex2var_epi8(t0, code, t1),
-                    above = _mm512_permutex2var_epi8(t2, code, t3);
-      _mm512_storeu_si512(dst, _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), below, above));
-    }
-  }
+  const auto expand = bits <= 6 ? expand_s8<0> : bits == 7 ? expand_s8<1> : expand_s8<2>;
+  expand(src, num_tiles, bits, table, dst);
 }
 
 // The bytes of steps 0 and 1 of all channels, then those of steps 2 and 3.
@@ -224,11 +234,13 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     "avx512vnni",
     1,
     128,
+    6,
     16,
     expand_s8_afp_avx512vnni,
     expand_s16_afp_avx512vnni,
     expand_f32_afp_avx512vnni,
     gemm_s32_u8_s8_avx512vnni,
+    gemm_s32_u8_afp_avx512vnni,
     gemm_s32_s16_s16_avx512vnni,
     depthwise_s32_u8_s16_avx512vnni,
     gemm_f32_f32_f32_avx512vnni,

@@ -198,6 +198,7 @@ typedef struct AfpqKernels {
   // Preferences, where several ways give the same bits.
   int a16_as_words;   // a16 is faster as words
   int a8_byte_limit;  // a8 is faster as words where |rhs| goes beyond this
+  int code_rows;      // up to so many rows of bytes are faster by gemm_s32_u8_afp
   int pixel_lanes;    // of convolutions that are faster with pixels in the lanes (gemm_pixels): how
                       // many go together, or 0
 
@@ -227,6 +228,14 @@ typedef struct AfpqKernels {
   void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                          const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
                          int limit, int accumulate, int32_t* dst);
+
+  // The same of one tap and one block, whose codes are expanded on the way, by a table as
+  // expand_s8_afp takes it; there is a tile at least:
+  //   dst[r][c] (+)= sum over tiles i, j < 4 of lhs[r][4 i + j] * table[code of (channel c, step
+  //                  4 i + j)]
+  void (*gemm_s32_u8_afp)(const uint8_t* const* lhs, size_t num_rows, const uint8_t* src,
+                          size_t num_tiles, unsigned bits, const int8_t* table, int accumulate,
+                          int32_t* dst);
 
   // The same for words, rhs as expand_s16_afp writes it (64 words a tile). Sums wrap around: they
   // are exact modulo 2^32. No two neighbours of rhs are both -32768.

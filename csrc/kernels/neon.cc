@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "finish.h"
+#include "compose.h"
 #include "kernels.h"
 
 namespace {
@@ -227,6 +227,13 @@ void finish_f32_s32_neon(const AfpqFinishFloats* args) {
   afpq_finish_floats(args, combine_f32_s32_neon, store_f32_neon);
 }
 
+void gemm_s32_u8_afp_neon(const uint8_t* const* lhs, size_t num_rows, const uint8_t* src,
+                          size_t num_tiles, unsigned bits, const int8_t* table, int accumulate,
+                          int32_t* dst) {
+  afpq_multiply_codes(lhs, num_rows, src, num_tiles, bits, table, accumulate, dst,
+                      expand_s8_afp_neon, gemm_s32_u8_s8_neon);
+}
+
 }  // namespace
 
 const AfpqKernels kAfpqKernelsNeon = {
@@ -234,10 +241,12 @@ const AfpqKernels kAfpqKernelsNeon = {
     0,
     128,
     0,
+    0,
     expand_s8_afp_neon,
     expand_s16_afp_neon,
     expand_f32_afp_neon,
     gemm_s32_u8_s8_neon,
+    gemm_s32_u8_afp_neon,
     gemm_s32_s16_s16_neon,
     depthwise_s32_u8_s16_neon,
     gemm_f32_f32_f32_neon,

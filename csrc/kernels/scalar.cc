@@ -2,7 +2,7 @@
 // any processor.
 #include <math.h>
 
-#include "finish.h"
+#include "compose.h"
 #include "kernels.h"
 
 namespace {
@@ -325,6 +325,13 @@ void finish_f32_s32_scalar(const AfpqFinishFloats* args) {
   afpq_finish_floats(args, combine_f32_s32_scalar, store_f32_scalar);
 }
 
+void gemm_s32_u8_afp_scalar(const uint8_t* const* lhs, size_t num_rows, const uint8_t* src,
+                            size_t num_tiles, unsigned bits, const int8_t* table, int accumulate,
+                            int32_t* dst) {
+  afpq_multiply_codes(lhs, num_rows, src, num_tiles, bits, table, accumulate, dst,
+                      expand_s8_afp_scalar, gemm_s32_u8_s8_scalar);
+}
+
 }  // namespace
 
 const AfpqKernels kAfpqKernelsScalar = {
@@ -332,10 +339,12 @@ const AfpqKernels kAfpqKernelsScalar = {
     0,
     128,
     0,
+    0,
     expand_s8_afp_scalar,
     expand_s16_afp_scalar,
     expand_f32_afp_scalar,
     gemm_s32_u8_s8_scalar,
+    gemm_s32_u8_afp_scalar,
     gemm_s32_s16_s16_scalar,
     depthwise_s32_u8_s16_scalar,
     gemm_f32_f32_f32_scalar,

@@ -106,6 +106,30 @@ void compare_bytes(Comparison* comparison) {
   }
 }
 
+void compare_codes(Comparison* comparison) {
+  comparison->begin("gemm_s32_u8_afp");
+  Random random(27);
+  for (unsigned bits = 2; bits <= 8; ++bits) {
+    const Guarded<int8_t> table(periodic(random.integers<int8_t>(256, -128, 127), bits));
+    for (size_t rows = 1; rows <= kMaxRows; ++rows) {
+      for (const size_t tiles : {1, 2, 3, 4, 7, 70}) {
+        const Guarded<uint8_t> src(random.integers<uint8_t>(tiles * 8 * bits, 0, 255));
+        const Rows<uint8_t> lhs(1, rows,
+                                [&] { return random.integers<uint8_t>(tiles * kTileK, 0, 255); });
+        for (const int accumulate : {0, 1}) {
+          comparison->results(
+              random.integers<int32_t>((rows - 1) * kPanelN + kTileN, -1000, 1000),
+              text_of("bits, rows, tiles, accumulate", bits, rows, tiles, accumulate),
+              [&](const AfpqKernels& kernels, int32_t* dst) {
+                kernels.gemm_s32_u8_afp(lhs.pointers.data(), rows, src.data(), tiles, bits,
+                                        table.data(), accumulate, dst);
+              });
+        }
+      }
+    }
+  }
+}
+
 void compare_words(Comparison* comparison) {
   comparison->begin("gemm_s32_s16_s16");
   Random random(2);
@@ -228,6 +252,7 @@ void compare_products(Comparison* comparison) {
                  random.integers<int16_t>(256, -32768, 32767));
   compare_expand(comparison, "expand_f32_afp", &AfpqKernels::expand_f32_afp, random.numbers(256));
   compare_bytes(comparison);
+  compare_codes(comparison);
   compare_words(comparison);
   compare_depthwise(comparison);
   compare_floats(comparison);
