@@ -27,6 +27,7 @@ _WARM_UP = 3
 # With more than one thread, those of a model go on looking for work for a while after it has run, on the processors
 # that the next one needs.
 _SETTLE_SECONDS = 0.04
+_WAKE_SECONDS = 0.005
 _MIN_PROFILED = 3
 _KERNEL_TIME = "_kernel_time"  # how the profile ends the name of a node
 
@@ -184,7 +185,7 @@ def _rounds(
     pause: float,
     progress: Callable[[str, int, int], None] | None,
 ) -> npt.NDArray[np.float64]:
-    """Milliseconds [models, rounds]; who goes first alternates. Behind a pause, a first run only wakes threads."""
+    """Milliseconds [models, rounds]; who goes first alternates. Behind a pause, first runs only wake threads."""
     for model in sessions:
         for _ in range(_WARM_UP):
             _run(model, feeds)
@@ -196,7 +197,9 @@ def _rounds(
         for index in order if len(times) % 2 else reversed(order):
             if pause > 0:
                 time.sleep(pause)
-                sessions[index].run(None, feeds)
+                awake = time.perf_counter() + _WAKE_SECONDS
+                while time.perf_counter() < awake:
+                    sessions[index].run(None, feeds)
             begin = time.perf_counter()
             sessions[index].run(None, feeds)
             taken[index] = 1e3 * (time.perf_counter() - begin)
