@@ -56,11 +56,18 @@ struct AxisOffsets {
         rows(axis_offsets(shape, 1, shape.in[2] * scale)),
         columns(axis_offsets(shape, 2, scale)) {}
 
-  // Where the taps in a row of the kernel of output row zy begin, or -1 if they are in the padding.
-  int32_t begin(size_t zy, size_t kz, size_t ky) const {
-    const int32_t plane = planes[zy / shape.out[1] * shape.kernel[0] + kz];
-    const int32_t row = rows[zy % shape.out[1] * shape.kernel[1] + ky];
-    return (plane | row) < 0 ? -1 : plane + row;  // either is -1 only in the padding
+  // Where the taps in each row of the kernel of output row zy begin, or -1 if they are in the
+  // padding: begins[kernel[0] * kernel[1]].
+  void find_begins(size_t zy, int32_t* begins) const {
+    const int32_t* plane = &planes[zy / shape.out[1] * shape.kernel[0]];
+    const int32_t* row = &rows[zy % shape.out[1] * shape.kernel[1]];
+    for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+      for (size_t ky = 0; ky < shape.kernel[1]; ++ky)  // either is -1 only in the padding
+        *begins++ = (plane[kz] | row[ky]) < 0 ? -1 : plane[kz] + row[ky];
+    }
+  }
+  std::vector<int32_t> room_for_begins() const {
+    return std::vector<int32_t>(shape.kernel[0] * shape.kernel[1]);
   }
 };
 
@@ -68,16 +75,14 @@ struct AxisOffsets {
 // offsets[num_out][num_taps].
 void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
   const AxisOffsets axes(shape, scale);
-  const size_t* kernel = shape.kernel;
+  std::vector<int32_t> begins = axes.room_for_begins();
   for (size_t zy = 0; zy < shape.out[0] * shape.out[1]; ++zy) {
+    axes.find_begins(zy, begins.data());
     for (size_t x = 0; x < shape.out[2]; ++x) {
-      const int32_t* column = &axes.columns[x * kernel[2]];
-      for (size_t kz = 0; kz < kernel[0]; ++kz) {
-        for (size_t ky = 0; ky < kernel[1]; ++ky) {
-          const int32_t begin = axes.begin(zy, kz, ky);
-          for (size_t kx = 0; kx < kernel[2]; ++kx)
-            *offsets++ = (begin | column[kx]) < 0 ? -1 : begin + column[kx];
-        }
+      const int32_t* column = &axes.columns[x * shape.kernel[2]];
+      for (const int32_t begin : begins) {
+        for (size_t kx = 0; kx < shape.kernel[2]; ++kx)
+          *offsets++ = (begin | column[kx]) < 0 ? -1 : begin + column[kx];
       }
     }
   }
@@ -95,33 +100,31 @@ void copy_few(const T* src, size_t count, T* dst) {
   std::memcpy(dst + count - kStep, src + count - kStep, 16);
 }
 
-// The taps of output pixel (zy, x) as one row. Those in a row of the kernel lie next to each other
-// where none is in the padding.
+// The taps of output pixel x, in rows of the kernel that begin at `begins`, as one row. Those in a
+// row of the kernel lie next to each other where none is in the padding.
 template <typename T>
-void gather_patch(const AxisOffsets& axes, const T* pixels, T padding, size_t zy, size_t x,
-                  T* dst) {
+void gather_patch(const AxisOffsets& axes, const std::vector<int32_t>& begins, const T* pixels,
+                  T padding, size_t x, T* dst) {
   const ConvShape& shape = axes.shape;
   const size_t channels = shape.channels_in, count = shape.kernel[2];
   const int32_t* column = &axes.columns[x * count];
   const bool together = shape.dilations[2] == 1 && (column[0] | column[count - 1]) >= 0;
-  for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
-    for (size_t ky = 0; ky < shape.kernel[1]; ++ky, dst += count * channels) {
-      const int32_t begin = axes.begin(zy, kz, ky);
-      if (begin < 0) {
-        std::fill(dst, dst + count * channels, padding);
-      } else if (together) {
-        copy_few(pixels + begin + column[0], count * channels, dst);
-      } else {
-        for (size_t kx = 0; kx < count; ++kx) {
-          T* tap = dst + kx * channels;
-          if (column[kx] < 0) {
-            std::fill(tap, tap + channels, padding);
-          } else {
-            copy_few(pixels + begin + column[kx], channels, tap);
-          }
+  for (const int32_t begin : begins) {
+    if (begin < 0) {
+      std::fill(dst, dst + count * channels, padding);
+    } else if (together) {
+      copy_few(pixels + begin + column[0], count * channels, dst);
+    } else {
+      for (size_t kx = 0; kx < count; ++kx) {
+        T* tap = dst + kx * channels;
+        if (column[kx] < 0) {
+          std::fill(tap, tap + channels, padding);
+        } else {
+          copy_few(pixels + begin + column[kx], channels, tap);
         }
       }
     }
+    dst += count * channels;
   }
 }
 
@@ -133,9 +136,13 @@ void gather_patches(const ConvShape& shape, const T* pixels, T padding, size_t p
   const size_t size = shape.num_taps() * shape.channels_in;
   const size_t step = std::max<size_t>(1, kTaskElements / padded);
   parallel_for(parallel, ceil_div(shape.num_out(), step), [&](size_t task) {
-    for (size_t r = task * step; r < std::min(shape.num_out(), (task + 1) * step); ++r) {
+    std::vector<int32_t> begins = axes.room_for_begins();
+    const size_t first = task * step;
+    for (size_t r = first; r < std::min(shape.num_out(), first + step); ++r) {
+      const size_t x = r % shape.out[2];
+      if (r == first || x == 0) axes.find_begins(r / shape.out[2], begins.data());
       T* row = rows + r * padded;
-      gather_patch(axes, pixels, padding, r / shape.out[2], r % shape.out[2], row);
+      gather_patch(axes, begins, pixels, padding, x, row);
       std::fill(row + size, row + padded, T{0});
     }
   });
