@@ -59,6 +59,18 @@ struct Cutter {
   }
 };
 
+// The same of codes of 4 bits: both halves of a byte become bytes.
+struct HalvesCutter {
+  explicit HalvesCutter(unsigned /*bits*/) {}
+
+  __m512i operator()(const uint8_t* src) const {
+    _mm_prefetch(reinterpret_cast<const char*>(src) + Cutter::kAhead, _MM_HINT_T0);
+    const __m512i words =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+    return _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
+  }
+};
+
 // Entry `code` of a table of 256 bytes that is periodic in 2^bits: vpermb reads 6 bits of an index,
 // vpermi2b 7. kLevel: 0 up to 6 bits, 1 for 7, 2 for 8.
 template <int kLevel>
@@ -80,10 +92,10 @@ struct ByteTable {
   }
 };
 
-template <int kLevel>
+template <int kLevel, typename Cut = Cutter>
 void expand_s8(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
                int8_t* dst) {
-  const Cutter cut(bits);
+  const Cut cut(bits);
   const ByteTable<kLevel> lookup(table);
   const int8_t* end = dst + num_tiles * kTileCodes;
 #pragma GCC unroll 4
@@ -94,7 +106,10 @@ void expand_s8(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t
 
 void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
                               const int8_t* table, int8_t* dst) {
-  const auto expand = bits <= 6 ? expand_s8<0> : bits == 7 ? expand_s8<1> : expand_s8<2>;
+  const auto expand = bits == 4   ? expand_s8<0, HalvesCutter>
+                      : bits <= 6 ? expand_s8<0>
+                      : bits == 7 ? expand_s8<1>
+                                  : expand_s8<2>;
   expand(src, num_tiles, bits, table, dst);
 }
 
