@@ -59,7 +59,8 @@ struct Cutter {
   }
 };
 
-// The same of codes of 4 bits: both halves of a byte become bytes.
+// The same of codes of 4 bits: both halves of a byte become bytes. Faster, but for codes that come
+// from memory.
 struct HalvesCutter {
   explicit HalvesCutter(unsigned /*bits*/) {}
 
@@ -92,10 +93,10 @@ struct ByteTable {
   }
 };
 
-template <int kLevel, typename Cut = Cutter>
+template <int kLevel>
 void expand_s8(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t* table,
                int8_t* dst) {
-  const Cut cut(bits);
+  const Cutter cut(bits);
   const ByteTable<kLevel> lookup(table);
   const int8_t* end = dst + num_tiles * kTileCodes;
 #pragma GCC unroll 4
@@ -106,10 +107,7 @@ void expand_s8(const uint8_t* src, size_t num_tiles, unsigned bits, const int8_t
 
 void expand_s8_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bits,
                               const int8_t* table, int8_t* dst) {
-  const auto expand = bits == 4   ? expand_s8<0, HalvesCutter>
-                      : bits <= 6 ? expand_s8<0>
-                      : bits == 7 ? expand_s8<1>
-                                  : expand_s8<2>;
+  const auto expand = bits <= 6 ? expand_s8<0> : bits == 7 ? expand_s8<1> : expand_s8<2>;
   expand(src, num_tiles, bits, table, dst);
 }
 
