@@ -7,6 +7,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import graphs
+import numpy as np
+import onnxruntime as ort
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,7 +19,8 @@ SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from afpq.train import Recipe  # noqa: E402
-from training import nets, runs, tasks  # noqa: E402
+from training import nets, retune, runs, tasks  # noqa: E402
+from training.onnx_net import OnnxNet  # noqa: E402
 
 NAMES = sorted(path.name for path in SCRIPTS.glob("reproduce_*"))
 
@@ -44,6 +48,76 @@ def test_moved_images_have_their_border() -> None:
     moved = tasks.shifted(images, border)
     for channel, value in enumerate(border.flatten().tolist()):
         assert set(moved[:, channel].unique().tolist()) == {0.0, value}
+
+
+def _residual_network(folder: Path, with_norm: bool = True) -> Path:
+    """Uneven padding, option-A shortcut, groups, a norm or its folded form, head: what the real networks have."""
+    nodes = [
+        graphs.node("Conv", "x w0 b0", "c0", pads=[0, 0, 1, 1], strides=[2, 2]),
+        *(
+            [graphs.node("BatchNormalization", "c0 g b m v", "n0", epsilon=1e-3)]
+            if with_norm
+            else []
+        ),
+        graphs.node("Clip", "n0 low high" if with_norm else "c0 low high", "r0"),
+        graphs.node("Conv", "r0 w1", "c1", pads=[1, 1, 1, 1], group=4),
+        graphs.node("Slice", "x begins ends axes steps", "s"),
+        graphs.node("Pad", "s pads", "p"),
+        graphs.node("Add", "c1 p", "a"),
+        graphs.node("Relu", "a", "r1"),
+        graphs.node("GlobalAveragePool", "r1", "pool"),
+        graphs.node("Flatten", "pool", "flat"),
+        graphs.node("Gemm", "flat w2 b2", "y", transB=1),
+    ]
+    values = {
+        "w0": graphs.constant(8, 3, 3, 3),
+        "b0": graphs.constant(8, seed=1),
+        "w1": graphs.constant(8, 2, 3, 3, seed=2),
+        "w2": graphs.constant(5, 8, seed=3),
+        "b2": graphs.constant(5, seed=4),
+        "low": np.float32(0).reshape(()),
+        "high": np.float32(6).reshape(()),
+        "begins": np.array([0, 0]),
+        "ends": np.array([2**31, 2**31]),
+        "axes": np.array([2, 3]),
+        "steps": np.array([2, 2]),
+        "pads": np.array([0, 2, 0, 0, 0, 3, 0, 0]),
+    }
+    if with_norm:
+        values.update({name: graphs.constant(8, seed=5 + i) for i, name in enumerate("gbm")})
+        values["v"] = graphs.constant(8, seed=9) ** 2 + 0.1
+    model = graphs.build(nodes, {"x": ["n", 3, 12, 12]}, values, outputs={"y": ["n", 5]})
+    return graphs.write(folder, model)
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_onnx_networks_are_what_the_runtime_runs(tmp_path: Path, with_norm: bool) -> None:
+    path = _residual_network(tmp_path, with_norm)
+    net, images = OnnxNet(path), torch.randn(6, 3, 12, 12)
+    (wanted,) = ort.InferenceSession(path).run(None, {"x": images.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(net(images).numpy(), wanted, rtol=1e-4, atol=1e-4)
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        net.unfold(images)
+        unfolded = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert (len(norms), len(unfolded)) == (1, 2) if with_norm else (0, 2)
+        np.testing.assert_allclose(net(images).numpy(), wanted, rtol=1e-3, atol=1e-3)
+        retune.re_estimate(net, images)  # what was unfolded has these statistics already
+        if not with_norm:
+            np.testing.assert_allclose(net(images).numpy(), wanted, rtol=0.02, atol=0.02)
+
+
+def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
+    model = graphs.build([graphs.node("Softplus", "x", "y")], {"x": [1, 3]})
+    with pytest.raises(ValueError, match="Softplus of 'y'"):
+        OnnxNet(graphs.write(tmp_path, model))
+
+
+def test_statistics_mend_shifts_and_scales_but_not_noise() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(8, 4, 16, 16)
+    assert retune.share_of_statistics(exact, 1.2 * exact + 0.3) > 0.999
+    assert abs(retune.share_of_statistics(exact, exact + 0.1 * torch.randn_like(exact))) < 0.02
 
 
 def test_tables_compare_with_float32_of_the_same_task(monkeypatch: pytest.MonkeyPatch) -> None:
