@@ -8,11 +8,12 @@ from kernel_arrays import INF, Array, assert_same_bits, clamp, floats, fma, guar
 from kernel_rounding import encoded
 
 from afpq import _core
-from afpq.formats import AfpFormat, round_scale
+from afpq.formats import AfpFormat
 
 kernels = _core.kernels
 
 FORMATS = ["e0m7", "ue1m7", "e2m4", "ue2m5", "e0m3"]
+SCALES = [np.float32(1), np.float32(0.031738281)]  # steps, and another unit
 SHAPES = [(rows, channels) for rows in (1, 2, 6, 48) for channels in (1, 7, 8, 9, 16, 17, 63, 64)]
 
 
@@ -53,10 +54,13 @@ def added(value: Array, residual: Array | None, zero: int, scale: float) -> Arra
     return fma(residual.astype(np.float32) - np.float32(zero), np.float32(scale), value)
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("text", FORMATS)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_store_rounds_finished_rows_to_bytes(isa: str, with_residual: bool, text: str) -> None:
-    fmt, scale = AfpFormat.parse(text), round_scale(AfpFormat.parse(text), 0.0317, "real")
+def test_store_rounds_finished_rows_to_bytes(
+    isa: str, with_residual: bool, text: str, scale: np.float32
+) -> None:
+    fmt = AfpFormat.parse(text)
     for rows, channels in SHAPES:
         rng = np.random.default_rng(rows + channels)
         src, row_scales, bias = floats(rng, rows, 64), floats(rng, rows), floats(rng, channels)
@@ -79,10 +83,11 @@ def test_store_rounds_finished_rows_to_bytes(isa: str, with_residual: bool, text
             assert (kept[:, channels:] == 7).all()
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("text", FORMATS)
 @pytest.mark.parametrize("planes", [1, 2])
-def test_finish_is_combine_and_store(isa: str, planes: int, text: str) -> None:
-    fmt, scale = AfpFormat.parse(text), round_scale(AfpFormat.parse(text), 0.0317, "real")
+def test_finish_is_combine_and_store(isa: str, planes: int, text: str, scale: np.float32) -> None:
+    fmt = AfpFormat.parse(text)
     for rows, channels in SHAPES:
         rng = np.random.default_rng(rows + channels)
         sums = rng.integers(-(2**20), 2**20, (planes, rows, 64), np.int32)
@@ -110,7 +115,7 @@ def test_ties_of_every_scale_go_to_the_even_byte(isa: str, text: str) -> None:
     fmt = AfpFormat.parse(text)
     steps = np.arange(-fmt.max_integer - 3 if fmt.signed else -3, fmt.max_integer + 3)
     for mantissa in range(128, 256):
-        for exponent in (-150, -30, -9, 0, 40, 112):
+        for exponent in (-9, 0, 40):
             scale = np.float32(np.ldexp(float(mantissa), exponent - 7))
             if not np.isfinite(scale * np.float32(600)) or scale < 2.0**-126:
                 continue

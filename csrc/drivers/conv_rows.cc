@@ -165,8 +165,9 @@ struct Job {
   const bool depthwise;
   const size_t patch;   // elements of a patch: k, in whole tiles
   const bool in_place;  // the source's bytes are the rows
+  const OutputUnit unit;
 
-  Job(const Conv& conv, const ConvShape& conv_shape, bool has_bytes)
+  Job(const Conv& conv, const ConvShape& conv_shape, bool has_bytes, bool to_bytes)
       : op(conv),
         shape(conv_shape),
         products(conv_fits_depthwise(conv, conv_shape) ? Products{Elements::kBytes, 1, 1}
@@ -176,7 +177,8 @@ struct Job {
         taps(taps_of(conv, conv_shape)),
         depthwise(conv_fits_depthwise(conv, conv_shape)),
         patch(conv.weight->num_tiles * kTileK),
-        in_place(has_bytes && products.elements == Elements::kBytes) {}
+        in_place(has_bytes && products.elements == Elements::kBytes),
+        unit{to_bytes ? conv.dst_rounding.scale : 1.0f} {}
 
   size_t num_elements() const { return shape.num_in() * shape.channels_in; }
 };
@@ -187,8 +189,9 @@ struct Sample {
   uint8_t* patches[2] = {nullptr, nullptr};  // [num_out][patch]
   uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group]
   int32_t* offsets = nullptr;
-  float* row_scales = nullptr;  // [num_out]
+  float* row_scales = nullptr;  // [num_out], in output units
   int32_t* zero_points = nullptr;
+  float* bias = nullptr;  // [channels_out], in output units
 };
 
 Sample allocate_sample(const Job& job) {
@@ -203,7 +206,7 @@ Sample allocate_sample(const Job& job) {
   scratch.reset(
       planes * (S::room<uint8_t>(pixels) + S::room<uint8_t>(patches) + S::room<uint8_t>(padding)) +
       S::room<int32_t>(offsets) + S::room<float>(shape.num_out()) +
-      S::room<int32_t>(shape.num_out()));
+      S::room<int32_t>(shape.num_out()) + S::room<float>(shape.channels_out));
   Sample sample;
   for (size_t p = 0; p < planes; ++p) {
     sample.pixels[p] = scratch.take<uint8_t>(pixels);
@@ -213,6 +216,10 @@ Sample allocate_sample(const Job& job) {
   sample.offsets = scratch.take<int32_t>(offsets);
   sample.row_scales = scratch.take<float>(shape.num_out());
   sample.zero_points = scratch.take<int32_t>(shape.num_out());
+  if (const float* bias = job.op.bias) {
+    sample.bias = scratch.take<float>(shape.channels_out);
+    std::transform(bias, bias + shape.channels_out, sample.bias, job.unit);
+  }
   return sample;
 }
 
@@ -251,7 +258,7 @@ void fill_rows(const Job& job, const ConvSource& src, size_t index, Sample* samp
   if (job.products.elements == Elements::kFloats) {
     job.op.kernels->transpose_f32(src.floats + begin, job.shape.num_in(), job.shape.channels_in,
                                   job.shape.num_in(), reinterpret_cast<float*>(sample->pixels[0]));
-    std::fill(sample->row_scales, sample->row_scales + count, 1.0f);
+    std::fill(sample->row_scales, sample->row_scales + count, job.unit(1.0f));
     return fill_padding(job, 0, 0.0f, *sample, parallel);
   }
   RowQuantizer quantizer;
@@ -262,7 +269,7 @@ void fill_rows(const Job& job, const ConvSource& src, size_t index, Sample* samp
     quantizer = round_pixels(job, src.floats + begin, *sample, parallel);
   }
   const int32_t zero = quantizer.zero_element(job.products.elements);
-  std::fill(sample->row_scales, sample->row_scales + count, quantizer.scale);
+  std::fill(sample->row_scales, sample->row_scales + count, job.unit(quantizer.scale));
   std::fill(sample->zero_points, sample->zero_points + count, zero);
   if (job.products.elements == Elements::kWords)
     return fill_padding(job, 0, static_cast<int16_t>(zero), *sample, parallel);
@@ -302,18 +309,18 @@ GemmJob gemm_job(const Job& job, const ConvTarget& dst, size_t index, size_t gro
   result.lhs = rows_of_group(job, group, sample);
   result.row_scales = sample.row_scales;
   result.zero_points = sample.zero_points;
-  result.bias = job.op.bias;
-  result.low = job.op.low;
-  result.high = job.op.high;
+  result.bias = sample.bias;
+  result.low = job.unit(job.op.low);
+  result.high = job.unit(job.op.high);
   result.byte_rows.stride = shape.channels_out;
   if (dst.residual) {
     const RowQuantizer residual = static_quantizer(job.op.residual_rounding);
     result.residual = {dst.residual + begin + channel, residual.quantize.zero_point,
-                       residual.scale};
+                       job.unit(residual.scale)};
   }
   if (dst.bytes) {
     result.byte_rows.bytes = dst.bytes + begin + channel;
-    result.byte_rows.quantize = static_quantizer(job.op.dst_rounding).quantize;
+    result.byte_rows.quantize = step_quantizer(job.op.dst_rounding);
   } else {
     result.dst = dst.floats + begin + channel * shape.num_out();
     result.row_stride = 1;
@@ -329,7 +336,7 @@ GemmJob gemm_job(const Job& job, const ConvTarget& dst, size_t index, size_t gro
 
 void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
                const ConvTarget& dst, const Parallel& parallel) {
-  const Job job(op, shape, src.bytes != nullptr);
+  const Job job(op, shape, src.bytes != nullptr, dst.bytes != nullptr);
   Sample sample = allocate_sample(job);
   if (job.taps == Taps::kOffsets) tap_offsets(shape, shape.channels_in, sample.offsets);
   for (size_t i = 0; i < batch; ++i) {

@@ -302,6 +302,12 @@ RowQuantizer static_quantizer(const LhsRounding& rounding) {
   return result;
 }
 
+AfpqQuantize step_quantizer(const LhsRounding& rounding) {
+  AfpqQuantize result = static_quantizer(rounding).quantize;
+  result.scale = 1.0f;
+  return result;
+}
+
 RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, bool finite) {
   RowQuantizer result;
   result.quantize.num_planes = static_cast<int>(rounding.mode);

@@ -15,6 +15,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "core/parallel.h"
 #include "drivers/weight.h"
 #include "kernels/kernels.h"
@@ -65,8 +68,23 @@ struct Residual {
   float scale = 0;
 };
 
+// What the end of a layer counts in: ones if it writes floats, else the steps of the bytes' format.
+// Row scales, biases, a residual's scale and bounds are taken to it, so that rounding divides
+// nothing.
+struct OutputUnit {
+  float scale = 1.0f;
+
+  // No infinity comes of a small scale: 0 times it is 0.
+  float operator()(float x) const {
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    if (scale == 1.0f || x != x) return x;
+    return std::clamp(x / scale, -kLargest, kLargest);
+  }
+};
+
 // Where results go if not to dst: bytes of a static format, in rows of `stride`. All rows of such a
-// job have one scale and one zero point.
+// job have one scale and one zero point, and its row scales, bias, bounds and residual count in
+// steps.
 struct ByteRows {
   uint8_t* bytes = nullptr;
   AfpqQuantize quantize = {};
@@ -111,5 +129,8 @@ RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, b
 
 // The same of a static format, whose rounding has a scale.
 RowQuantizer static_quantizer(const LhsRounding& rounding);
+
+// How numbers that count in the steps of a static format are rounded to it.
+AfpqQuantize step_quantizer(const LhsRounding& rounding);
 
 }  // namespace afpq

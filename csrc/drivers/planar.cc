@@ -189,7 +189,7 @@ void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, con
   planar.src = strips.cut ? work->rows : src;
   planar.taps = work->taps;
   planar.weights = used_weights(weight, *work) + first % kTileN;
-  planar.scales = weight.scales.data() + first;
+  planar.scales = (op.scales ? op.scales : weight.scales.data()) + first;
   planar.bias = op.bias ? op.bias + first : kNoBias;
   planar.dst = dst + (place.z * shape.out[1] + place.y) * shape.out[2];
   planar.num_taps = work->num_taps;

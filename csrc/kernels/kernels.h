@@ -76,11 +76,11 @@ struct AfpqQuantize;
 
 // The same end of a layer to rows of bytes, or of floats behind which only a change of layout
 // follows. With a residual, which is what a byte of another tensor stands for,
-//   v = clamp(fma(src[r][c], row_scales[r], bias[c]) + (residual[r][c] - residual_zero) *
-//             residual_scale)
-// where the scale has 8 significant bits, so that only the sum rounds; else v as above. If floats
-// is null, dst takes q of v as `quantize`, which has one plane and a scale > 0, says, and of `low`
-// where v is NaN; else floats take v. floats may be src.
+//   v = clamp(fma(residual[r][c] - residual_zero, residual_scale,
+//                 fma(src[r][c], row_scales[r], bias[c])))
+// else v as above. If floats is null, dst takes q of v as `quantize`, which has one plane and a
+// scale > 0, says, and of `low` where v is NaN; else floats take v. floats may be src. A scale of 1,
+// which drivers give, is the fast one.
 typedef struct AfpqStoreBytes {
   const float* src;         // [num_rows][kPanelN]
   const float* row_scales;  // [num_rows]
