@@ -28,9 +28,9 @@ struct Bytes {
   }
   static void gemm(const GemmJob& job, const Lhs* const* lhs, size_t taps, size_t tiles,
                    const Rhs* rhs, size_t rhs_tiles, size_t rows, size_t blocks, int plane,
-                   int accumulate, Sum* dst) {
+                   int accumulate, const uint8_t* ahead, Sum* dst) {
     job.kernels->gemm_s32_u8_s8(lhs, taps, tiles, rhs, rhs_tiles, rows, blocks,
-                                job.weight->limits[plane], accumulate, dst);
+                                job.weight->limits[plane], accumulate, ahead, dst);
   }
 };
 
@@ -47,7 +47,7 @@ struct Words {
   }
   static void gemm(const GemmJob& job, const Lhs* const* lhs, size_t taps, size_t tiles,
                    const Rhs* rhs, size_t rhs_tiles, size_t rows, size_t blocks, int /*plane*/,
-                   int accumulate, Sum* dst) {
+                   int accumulate, const uint8_t* /*ahead*/, Sum* dst) {
     job.kernels->gemm_s32_s16_s16(lhs, taps, tiles, rhs, rhs_tiles, rows, blocks, accumulate, dst);
   }
 };
@@ -64,7 +64,7 @@ struct Floats {
   }
   static void gemm(const GemmJob& job, const Lhs* const* lhs, size_t taps, size_t tiles,
                    const Rhs* rhs, size_t rhs_tiles, size_t rows, size_t blocks, int /*plane*/,
-                   int accumulate, Sum* dst) {
+                   int accumulate, const uint8_t* /*ahead*/, Sum* dst) {
     job.kernels->gemm_f32_f32_f32(lhs, taps, tiles, rhs, rhs_tiles, rows, blocks, accumulate, dst);
   }
 };
@@ -127,11 +127,39 @@ void expand_panel(const GemmJob& job, const Panel& panel, size_t begin, size_t e
   }
 }
 
+// The codes of the panel that is next to be expanded, which would wait for memory: asked for while
+// products of this one are made, which need none.
+class NextCodes {
+ public:
+  NextCodes() = default;
+  NextCodes(const GemmJob& job, const Panel& panel) {
+    const PackedWeight& weight = *job.weight;
+    const size_t next = panel.first_block + kPanelBlocks;
+    const size_t end = std::min(next + kPanelBlocks, job.first_block + ceil_div(job.n, kTileN));
+    if (next >= end) return;
+    at_ = weight.block(next);
+    end_ = at_ + (end - next) * weight.num_tiles * weight.tile_bytes;
+  }
+
+  // Where the next lines begin, or null.
+  const uint8_t* take(size_t lines) {
+    if (at_ >= end_) return nullptr;
+    const uint8_t* result = at_;
+    at_ += lines * 64;
+    return result;
+  }
+
+ private:
+  const uint8_t* at_ = nullptr;
+  const uint8_t* end_ = nullptr;
+};
+
 // Sums of rows [first, first + count) over tiles [begin, end) of k. The expanded tiles start at
 // `base` and hold `tiles` per block.
 template <typename E>
 void sum_tiles(const GemmJob& job, const Panel& panel, size_t first, size_t count, size_t begin,
-               size_t end, size_t base, size_t tiles, bool accumulate, const Workspace<E>& work) {
+               size_t end, size_t base, size_t tiles, bool accumulate, const Workspace<E>& work,
+               NextCodes* codes) {
   const size_t per_tap = tap_tiles(job), planes = job.products.lhs_planes;
   const bool taps = job.lhs.offsets != nullptr;
   const size_t tap_begin = taps ? begin / per_tap : 0, tap_end = taps ? end / per_tap : 1;
@@ -143,7 +171,8 @@ void sum_tiles(const GemmJob& job, const Panel& panel, size_t first, size_t coun
     for (int q = 0; q < job.products.rhs_planes; ++q) {
       E::gemm(job, work.pointers, tap_end - tap_begin, tile_count,
               work.expanded[q] + (begin - base) * kTileCodes, tiles, rows, panel.num_blocks, q,
-              accumulate, work.sums[q] + i * kPanelN);
+              accumulate, codes->take((tap_end - tap_begin) * tile_count),
+              work.sums[q] + i * kPanelN);
     }
   }
 }
@@ -204,6 +233,7 @@ void sum_codes(const GemmJob& job, const Panel& panel, const Segment& segment,
 template <typename E>
 void gemm_few_rows(const GemmJob& job, const Panel& panel) {
   const Workspace<E> work(job, E::kFewRowsTiles, 1);
+  NextCodes none;
   const bool codes = job.products.elements == Elements::kBytes &&
                      job.m * job.products.lhs_planes <= static_cast<size_t>(job.kernels->code_rows);
   const std::vector<Segment>& segments = job.weight->segments;
@@ -214,7 +244,7 @@ void gemm_few_rows(const GemmJob& job, const Panel& panel) {
       const size_t end = std::min(begin + E::kFewRowsTiles, segments[s].end);
       expand_panel(job, panel, begin, end, work);
       sum_tiles(job, panel, 0, job.m, begin, end, begin, end - begin, begin > segments[s].begin,
-                work);
+                work, &none);
     }
     if (finish_segment(job, panel, 0, job.m, work)) return;
     combine_segment(job, panel, 0, job.m, s, scales_of(job, panel, s), work);
@@ -227,17 +257,19 @@ void gemm_many_rows(const GemmJob& job, const Panel& panel, size_t row_begin, si
   const PackedWeight& weight = *job.weight;
   const Workspace<E> work(job, weight.num_tiles, job.lhs.num_taps);
   expand_panel(job, panel, 0, weight.num_tiles, work);
+  NextCodes codes(job, panel);
   for (size_t first = row_begin; first < row_end; first += kBlockRows) {
     const size_t count = std::min(kBlockRows, row_end - first);
     if (finishes_at_once(job)) {
-      sum_tiles(job, panel, first, count, 0, weight.num_tiles, 0, weight.num_tiles, false, work);
+      sum_tiles(job, panel, first, count, 0, weight.num_tiles, 0, weight.num_tiles, false, work,
+                &codes);
       finish_segment(job, panel, first, count, work);
       continue;
     }
     for (size_t s = 0; s < weight.segments.size(); ++s) {
       const Segment& segment = weight.segments[s];
       sum_tiles(job, panel, first, count, segment.begin, segment.end, 0, weight.num_tiles, false,
-                work);
+                work, &codes);
       combine_segment(job, panel, first, count, s, scales_of(job, panel, s), work);
     }
     store_rows(job, panel, first, count, work.scaled);

@@ -224,10 +224,11 @@ typedef struct AfpqKernels {
   // lhs: num_taps x kMaxRows pointers (the first num_rows of each tap are used) to 4 * num_tiles
   // bytes. rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst: [num_rows][kPanelN].
   // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. No |rhs| is beyond `limit`, at most 128.
-  // The caller keeps sums within int32. Never saturates.
+  // The caller keeps sums within int32. Never saturates. `ahead`: null, or memory that is needed
+  // soon, 64 bytes for each tap and tile, which may be asked for meanwhile.
   void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                          const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                         int limit, int accumulate, int32_t* dst);
+                         int limit, int accumulate, const uint8_t* ahead, int32_t* dst);
 
   // The same of one tap and one block, whose codes are expanded on the way, by a table as
   // expand_s8_afp takes it; there is a tile at least:
