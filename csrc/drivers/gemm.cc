@@ -74,6 +74,11 @@ struct Floats {
 template <typename T>
 void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count, size_t tap_begin,
                   size_t tap_end, size_t element_offset, const T** out) {
+  if (planes == 1 && lhs.offsets == nullptr) {
+    const T* row = static_cast<const T*>(lhs.planes[0]) + first * lhs.stride + element_offset;
+    for (size_t i = 0; i < count; ++i, row += lhs.stride) out[i] = row;
+    return;
+  }
   for (size_t i = 0; i < count; ++i) {
     const size_t row = (first + i) >> (planes - 1), plane = (first + i) & (planes - 1);
     const T* base = static_cast<const T*>(lhs.planes[plane]);

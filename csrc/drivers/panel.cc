@@ -27,25 +27,21 @@ AfpqStore store_of(const GemmJob& job, const Panel& panel, size_t first, size_t 
 AfpqStoreBytes store_bytes_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
                               float* scaled) {
   const size_t at = first * job.byte_rows.stride + panel.dst_channel;
-  AfpqStoreBytes store = {};
-  store.src = scaled;
-  store.row_scales = job.row_scales + first;
-  store.bias = job.bias ? job.bias + panel.first_block * kTileN : kNoBias;
-  store.residual = job.residual.bytes ? job.residual.bytes + at : nullptr;
-  store.residual_zero = job.residual.zero;
-  store.residual_scale = job.residual.scale;
-  store.quantize = &job.byte_rows.quantize;
-  if (job.byte_rows.bytes) {
-    store.dst = job.byte_rows.bytes + at;
-  } else {
-    store.floats = scaled;
-  }
-  store.num_rows = count;
-  store.num_channels = panel.num_channels;
-  store.stride = job.byte_rows.stride;
-  store.low = job.low;
-  store.high = job.high;
-  return store;
+  const bool to_bytes = job.byte_rows.bytes;
+  return {scaled,
+          job.row_scales + first,
+          job.bias ? job.bias + panel.first_block * kTileN : kNoBias,
+          job.residual.bytes ? job.residual.bytes + at : nullptr,
+          job.residual.zero,
+          job.residual.scale,
+          &job.byte_rows.quantize,
+          to_bytes ? job.byte_rows.bytes + at : nullptr,
+          to_bytes ? nullptr : scaled,
+          count,
+          panel.num_channels,
+          job.byte_rows.stride,
+          job.low,
+          job.high};
 }
 
 AfpqCombine combine_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
@@ -53,19 +49,21 @@ AfpqCombine combine_of(const GemmJob& job, const Panel& panel, size_t first, siz
   const PackedWeight& weight = *job.weight;
   const size_t sums_at = (segment * weight.num_blocks + panel.first_block) * kTileN;
   const bool joined = weight.format.num_planes() > job.products.rhs_planes;
-  AfpqCombine combine = {};
-  for (int q = 0; q < job.products.rhs_planes; ++q) {
-    combine.sums[q] = sums[q];
-    combine.column_sums[q] = (joined ? weight.joined_sums : weight.column_sums[q]).data() + sums_at;
-  }
-  combine.zero_points = job.zero_points + first;
-  combine.scales = scales_of(job, panel, segment);
-  combine.num_rows = count;
-  combine.num_channels = panel.num_channels;
-  combine.lhs_planes = job.products.lhs_planes;
-  combine.rhs_planes = job.products.rhs_planes;
-  combine.accumulate = segment > 0;
-  return combine;
+  const int planes = job.products.rhs_planes;
+  const auto column_sums = [&](int q) {
+    return (joined ? weight.joined_sums : weight.column_sums[q]).data() + sums_at;
+  };
+  // Every member is named: zeros first would cost as much as all of this.
+  return {{sums[0], planes == 2 ? sums[1] : nullptr},
+          {column_sums(0), planes == 2 ? column_sums(1) : nullptr},
+          job.zero_points + first,
+          scales_of(job, panel, segment),
+          nullptr,
+          count,
+          panel.num_channels,
+          job.products.lhs_planes,
+          planes,
+          segment > 0};
 }
 
 }  // namespace
