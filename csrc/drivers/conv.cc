@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "core/scratch.h"
 #include "drivers/conv_paths.h"
 
 namespace afpq {
@@ -10,34 +9,6 @@ namespace {
 
 constexpr size_t kTaskElements = size_t{1} << 15;
 constexpr size_t kLeastRow = 8;  // pixels
-
-// Floats of the planar path to bytes, a sample at a time.
-void planar_to_bytes(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
-                     uint8_t* dst, const Parallel& parallel) {
-  const size_t channels = shape.channels_out, count = channels * shape.num_out();
-  Scratch& scratch = layer_scratch();
-  scratch.reset(Scratch::room<float>(count) + 2 * Scratch::room<float>(channels));
-  float* floats = scratch.take<float>(count);
-  float* scales = scratch.take<float>(channels);
-  float* bias = scratch.take<float>(channels);
-  const OutputUnit unit = {op.dst_rounding.scale};
-  std::transform(op.weight->scales.data(), op.weight->scales.data() + channels, scales, unit);
-  if (op.bias) std::transform(op.bias, op.bias + channels, bias, unit);
-  Conv steps = op;
-  steps.scales = scales;
-  steps.bias = op.bias ? bias : nullptr;
-  steps.low = unit(op.low);
-  steps.high = unit(op.high);
-  RowQuantizer quantizer;
-  quantizer.quantize = step_quantizer(op.dst_rounding);
-  const Products bytes = {Elements::kBytes, 1, 1};
-  for (size_t i = 0; i < batch; ++i) {
-    conv_planar(steps, shape, src + i * shape.channels_in * shape.num_in(), 1, floats, parallel);
-    uint8_t* const rows[2] = {dst + i * count, nullptr};
-    quantize_planes(*op.kernels, bytes, quantizer, floats, shape.num_out(), channels, rows,
-                    parallel);
-  }
-}
 
 }  // namespace
 
@@ -87,8 +58,7 @@ void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t 
   const bool planar = conv_is_planar(shape) && !conv_fits_depthwise(op, shape);
   // Rows of output shorter than a vector leave it half empty: channels fill one.
   if (planar && (shape.groups > 1 || shape.out[2] >= kLeastRow)) {
-    if (dst.bytes) return planar_to_bytes(op, shape, src.floats, batch, dst.bytes, parallel);
-    return conv_planar(op, shape, src.floats, batch, dst.floats, parallel);
+    return conv_planar(op, shape, src.floats, batch, dst, parallel);
   }
   const Products products =
       planar ? Products{} : products_of(*op.kernels, op.rounding.mode, *op.weight);

@@ -53,7 +53,6 @@ struct Conv {
   LhsRounding rounding;
   const float* bias = nullptr;  // [channels_out] or null
   float low, high;
-  const float* scales = nullptr;  // [channels_out] of the planar path, in place of the weight's
   LhsRounding dst_rounding;       // of bytes
   LhsRounding residual_rounding;  // of a residual
 };

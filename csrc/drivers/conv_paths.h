@@ -29,8 +29,8 @@ bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& pr
 void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
                  size_t batch, float* dst, const Parallel& parallel);
 
-// The planar path.
-void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
-                 const Parallel& parallel);
+// The planar path; no residual.
+void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
+                 const ConvTarget& dst, const Parallel& parallel);
 
 }  // namespace afpq

@@ -9,18 +9,16 @@ constexpr float kNoBias[kPanelN] = {};
 
 AfpqStore store_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
                    const float* src) {
-  AfpqStore store = {};
-  store.src = src;
-  store.row_scales = job.row_scales + first;
-  store.bias = job.bias ? job.bias + panel.first_block * kTileN : kNoBias;
-  store.dst = job.dst + first * job.row_stride + panel.dst_channel * job.channel_stride;
-  store.num_rows = count;
-  store.num_channels = panel.num_channels;
-  store.row_stride = job.row_stride;
-  store.channel_stride = job.channel_stride;
-  store.low = job.low;
-  store.high = job.high;
-  return store;
+  return {src,
+          job.row_scales + first,
+          job.bias ? job.bias + panel.first_block * kTileN : kNoBias,
+          job.dst + first * job.row_stride + panel.dst_channel * job.channel_stride,
+          count,
+          panel.num_channels,
+          job.row_stride,
+          job.channel_stride,
+          job.low,
+          job.high};
 }
 
 // To bytes, or with a residual in place.
@@ -94,12 +92,14 @@ bool finishes_at_once(const GemmJob& job) {
 
 void finish_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
                  const int32_t* const* sums) {
-  const AfpqCombine combine = combine_of(job, panel, first, count, 0, sums);
+  // Made in place: what has just been written in parts is slow to copy.
   if (!job.byte_rows.bytes) {
-    const AfpqFinishFloats finish = {combine, store_of(job, panel, first, count, nullptr)};
+    const AfpqFinishFloats finish = {combine_of(job, panel, first, count, 0, sums),
+                                     store_of(job, panel, first, count, nullptr)};
     return job.kernels->finish_f32_s32(&finish);
   }
-  const AfpqFinish finish = {combine, store_bytes_of(job, panel, first, count, nullptr)};
+  const AfpqFinish finish = {combine_of(job, panel, first, count, 0, sums),
+                             store_bytes_of(job, panel, first, count, nullptr)};
   job.kernels->finish_u8_s32(&finish);
 }
 

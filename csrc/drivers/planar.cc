@@ -9,6 +9,9 @@
 //
 //   phase 0: x0 x2 x4 ...   tap 0 reads phase 0 from 0, tap 2 reads phase 0 from 1
 //   phase 1: x1 x3 x5 ...   tap 1 reads phase 1 from 0
+//
+// Where bytes are wanted, all channels of a strip are made before it is rounded, so that its floats
+// need not leave the cache.
 #include <algorithm>
 
 #include "core/scratch.h"
@@ -20,6 +23,7 @@ namespace {
 constexpr size_t kStripElements = 7168;        // of input rows: 28 KB
 constexpr size_t kStripRows = 4;               // kernels like multiples of it
 constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
+constexpr size_t kFloats = size_t{1} << 15;    // of a strip that becomes bytes
 
 // A strip is `height` output rows (less at the end) at one depth.
 struct Strips {
@@ -37,7 +41,7 @@ size_t reach(const ConvShape& shape, int axis) {
   return (shape.kernel[axis] - 1) * shape.dilations[axis];
 }
 
-Strips strips_of(const ConvShape& shape) {
+Strips strips_of(const ConvShape& shape, bool to_bytes) {
   Strips strips;
   strips.cut = shape.strides[2] > 1 && shape.group_out() > 1;
   strips.extent = shape.out[2] + reach(shape, 2) / shape.strides[2] + 1;
@@ -49,6 +53,10 @@ Strips strips_of(const ConvShape& shape) {
   strips.height = shape.group_out() == 1 ? shape.out[1]
                   : fitting < kStripRows ? fitting
                                          : fitting / kStripRows * kStripRows;
+  if (to_bytes) {
+    const size_t row = shape.channels_out * shape.out[2];
+    strips.height = std::min(strips.height, std::max<size_t>(1, kFloats / row));
+  }
   strips.height = std::min(strips.height, shape.out[1]);
   strips.per_depth = ceil_div(shape.out[1], strips.height);
   strips.rows = (strips.height - 1) * shape.strides[1] + reach(shape, 1) + 1;
@@ -116,20 +124,22 @@ struct Workspace {
   size_t num_taps = 0;
   float* weights;  // [4 * num_tiles][16] of `block`
   float* used;     // the steps of `order` in them
+  float* floats;   // [channels][height][row of output] of a strip that becomes bytes
   size_t strip = ~size_t{0}, block = ~size_t{0};
 
-  Workspace(const Strips& strips, const PackedWeight& weight) {
+  Workspace(const Strips& strips, const PackedWeight& weight, size_t num_floats) {
     using S = Scratch;
     const size_t size = strips.cut ? strips.planes * strips.rows * strips.row : 0;
     const size_t weights_size = weight.num_tiles * kTileCodes;
     Scratch& scratch = task_scratch();
     scratch.reset(S::room<float>(size) + S::room<AfpqTap>(weight.k) + S::room<size_t>(weight.k) +
-                  2 * S::room<float>(weights_size));
+                  2 * S::room<float>(weights_size) + S::room<float>(num_floats));
     rows = scratch.take<float>(size);
     taps = scratch.take<AfpqTap>(weight.k);
     order = scratch.take<size_t>(weight.k);
     weights = scratch.take<float>(weights_size);
     used = scratch.take<float>(weights_size);
+    floats = scratch.take<float>(num_floats);
     std::fill(rows, rows + size, 0.0f);
   }
 };
@@ -174,10 +184,41 @@ const float* used_weights(const PackedWeight& weight, const Workspace& work) {
   return work.used;
 }
 
-// Output channels [first, first + count), all in one block of 16, rows of one strip. src, dst: the
-// planes that the first of them reads and writes.
+// What follows the sums, in units of the output.
+struct End {
+  const float* scales;
+  const float* bias;  // or null
+  float low, high;
+
+  End(const Conv& op, size_t channels, bool to_bytes)
+      : scales(op.weight->scales.data()), bias(op.bias), low(op.low), high(op.high) {
+    if (!to_bytes) return;
+    const OutputUnit unit = {op.dst_rounding.scale};
+    Scratch& scratch = layer_scratch();
+    scratch.reset(2 * Scratch::room<float>(channels));
+    const auto in_units = [&](const float* from) {
+      float* result = scratch.take<float>(channels);
+      std::transform(from, from + channels, result, unit);
+      return result;
+    };
+    scales = in_units(scales);
+    if (bias) bias = in_units(bias);
+    low = unit(low);
+    high = unit(high);
+  }
+};
+
+// Channels that lie `channel_stride` elements apart.
+struct Floats {
+  float* data;
+  size_t channel_stride;
+};
+
+// Output channels [first, first + count), all in one block of 16, rows of one strip. src: the
+// planes that the first of them reads; dst: of channel 0.
 void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, const Place& place,
-               size_t first, size_t count, const float* src, float* dst, Workspace* work) {
+               const End& end, size_t first, size_t count, const float* src, const Floats& dst,
+               Workspace* work) {
   static constexpr float kNoBias[kTileN] = {};
   const PackedWeight& weight = *op.weight;
   if (work->block != first / kTileN) {
@@ -189,13 +230,13 @@ void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, con
   planar.src = strips.cut ? work->rows : src;
   planar.taps = work->taps;
   planar.weights = used_weights(weight, *work) + first % kTileN;
-  planar.scales = (op.scales ? op.scales : weight.scales.data()) + first;
-  planar.bias = op.bias ? op.bias + first : kNoBias;
-  planar.dst = dst + (place.z * shape.out[1] + place.y) * shape.out[2];
+  planar.scales = end.scales + first;
+  planar.bias = end.bias ? end.bias + first : kNoBias;
+  planar.dst = dst.data + first * dst.channel_stride;
   planar.num_taps = work->num_taps;
   planar.num_channels = count;
   planar.src_channel_stride = shape.group_out() == 1 ? shape.group_in() * shape.num_in() : 0;
-  planar.dst_channel_stride = shape.num_out();
+  planar.dst_channel_stride = dst.channel_stride;
   planar.src_rows = strips.cut ? place.end - place.begin : shape.in[1];
   planar.src_columns = strips.cut ? strips.extent : shape.in[2];
   planar.src_stride = strips.cut ? strips.row : shape.in[2];
@@ -203,47 +244,69 @@ void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, con
   planar.column_step = strips.cut ? 1 : shape.strides[2];
   planar.num_rows = place.num_rows;
   planar.row_size = planar.dst_stride = shape.out[2];
-  planar.low = op.low;
-  planar.high = op.high;
+  planar.low = end.low;
+  planar.high = end.high;
   op.kernels->planar_f32(&planar);
 }
 
-// Output channels [first, last) of one sample: a whole group or more groups of one channel.
-void run_channels(const Conv& op, const ConvShape& shape, const Strips& strips, size_t strip,
-                  size_t first, size_t last, const float* src, float* dst, Workspace* work) {
-  const Place place = place_of(shape, strips, strip);
-  if (strip != work->strip) list_taps(shape, strips, place, work);
-  work->strip = strip;
+// Output channels [first, last) of a strip of one sample: a whole group or more groups of one
+// channel.
+void run_channels(const Conv& op, const ConvShape& shape, const Strips& strips, const Place& place,
+                  const End& end, size_t first, size_t last, const float* src, const Floats& dst,
+                  Workspace* work) {
   const auto planes = [&](size_t channel) {
     return src + channel / shape.group_out() * shape.group_in() * shape.num_in();
   };
   if (strips.cut) cut_strip(*op.kernels, shape, strips, place, planes(first), work->rows);
   for (size_t c = first; c < last;) {
     const size_t count = std::min(last, (c / kTileN + 1) * kTileN) - c;
-    run_strip(op, shape, strips, place, c, count, planes(c), dst + c * shape.num_out(), work);
+    run_strip(op, shape, strips, place, end, c, count, planes(c), dst, work);
     c += count;
   }
 }
 
+// A strip of all channels to rows of bytes.
+void round_strip(const Conv& op, const ConvShape& shape, const Floats& src, uint8_t* dst) {
+  AfpqQuantize quantize = step_quantizer(op.dst_rounding);
+  quantize.planes[0] = dst;
+  op.kernels->quantize_transpose_u8_f32(src.data, src.channel_stride, shape.channels_out,
+                                        src.channel_stride, &quantize);
+}
+
 }  // namespace
 
-void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch, float* dst,
-                 const Parallel& parallel) {
-  const Strips strips = strips_of(shape);
-  // An item is a strip of a group, or of a block of groups of one channel.
-  const size_t channels = shape.group_out() == 1 ? size_t{kTileN} : shape.group_out();
+void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
+                 const ConvTarget& dst, const Parallel& parallel) {
+  const bool to_bytes = dst.bytes != nullptr;
+  const Strips strips = strips_of(shape, to_bytes);
+  const End end(op, shape.channels_out, to_bytes);
+  // A part is a group, or a block of groups of one channel; an item is a strip of one, or of all.
+  const size_t part = shape.group_out() == 1 ? size_t{kTileN} : shape.group_out();
+  const size_t channels = to_bytes ? shape.channels_out : part;
   const size_t items = ceil_div(shape.channels_out, channels) * strips.count;
-  const size_t total = batch * items;
-  const size_t work_of_one = strips.height * shape.out[2] * op.weight->k * channels;
+  const size_t total = batch * items, row = shape.out[2];
+  const size_t work_of_one = strips.height * row * op.weight->k * channels;
   const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), kTaskWork / work_of_one));
   parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
-    Workspace work(strips, *op.weight);
+    Workspace work(strips, *op.weight, to_bytes ? channels * strips.height * row : 0);
     for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {
-      const size_t sample = i / items, first = i % items / strips.count * channels;
-      run_channels(op, shape, strips, i % strips.count, first,
-                   std::min(first + channels, shape.channels_out),
-                   src + sample * shape.channels_in * shape.num_in(),
-                   dst + sample * shape.channels_out * shape.num_out(), &work);
+      const size_t sample = i / items, strip = i % strips.count;
+      const size_t begin = i % items / strips.count * channels;
+      const Place place = place_of(shape, strips, strip);
+      if (strip != work.strip) list_taps(shape, strips, place, &work);
+      work.strip = strip;
+      const size_t first_pixel = (place.z * shape.out[1] + place.y) * row;
+      const size_t sample_at = sample * shape.channels_out * shape.num_out();
+      const Floats floats = to_bytes
+                                ? Floats{work.floats, place.num_rows * row}
+                                : Floats{dst.floats + sample_at + first_pixel, shape.num_out()};
+      const size_t last = std::min(begin + channels, shape.channels_out);
+      for (size_t c = begin; c < last; c += part) {
+        run_channels(op, shape, strips, place, end, c, std::min(c + part, last),
+                     src + sample * shape.channels_in * shape.num_in(), floats, &work);
+      }
+      if (to_bytes)
+        round_strip(op, shape, floats, dst.bytes + sample_at + first_pixel * shape.channels_out);
     }
   });
 }
