@@ -10,6 +10,7 @@
 namespace afpq {
 namespace {
 
+constexpr size_t kPointers = 1024;  // to rows, at a time: 8 KB
 constexpr size_t kTargetTasks = 8;  // enough for a few threads; the pool is not asked for its size
 
 size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps; }
@@ -69,8 +70,8 @@ struct Floats {
   }
 };
 
-// Pointers of one register tile, as kernels.h wants them: [tap][kMaxRows]. `first` and `count` are
-// in rows of planes, of which there are 1 or 2.
+// Pointers as kernels.h wants them: [tile of rows][tap][kMaxRows]. `first` and `count` are in rows
+// of planes, of which there are 1 or 2.
 template <typename T>
 void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count, size_t tap_begin,
                   size_t tap_end, size_t element_offset, const T** out) {
@@ -79,6 +80,7 @@ void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count,
     for (size_t i = 0; i < count; ++i, row += lhs.stride) out[i] = row;
     return;
   }
+  const size_t taps = tap_end - tap_begin;
   for (size_t i = 0; i < count; ++i) {
     const size_t row = (first + i) >> (planes - 1), plane = (first + i) & (planes - 1);
     const T* base = static_cast<const T*>(lhs.planes[plane]);
@@ -87,10 +89,10 @@ void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count,
       continue;
     }
     const T* padding = static_cast<const T*>(lhs.padding[plane]);
-    const int32_t* offsets = lhs.offsets + row * lhs.num_taps;
-    for (size_t tap = tap_begin; tap < tap_end; ++tap) {
-      out[(tap - tap_begin) * kMaxRows + i] = offsets[tap] < 0 ? padding : base + offsets[tap];
-    }
+    const int32_t* offsets = lhs.offsets + row * lhs.num_taps + tap_begin;
+    const T** to = out + i / kMaxRows * taps * kMaxRows + i % kMaxRows;
+    for (size_t tap = 0; tap < taps; ++tap)
+      to[tap * kMaxRows] = offsets[tap] < 0 ? padding : base + offsets[tap];
   }
 }
 
@@ -100,22 +102,26 @@ struct Workspace {
   typename E::Rhs* expanded[2];      // [num_blocks][tiles][64] for each plane of the weight
   typename E::Sum* sums[2];          // [kBlockRows * lhs planes][kPanelN] for each
   float* scaled;                     // [kBlockRows][kPanelN]
-  const typename E::Lhs** pointers;  // [taps][kMaxRows]
+  size_t row_tiles;                  // that are multiplied at a time
+  const typename E::Lhs** pointers;  // [row_tiles][taps][kMaxRows]
 
   Workspace(const GemmJob& job, size_t tiles, size_t pointer_taps) {
     using S = Scratch;
     const size_t planes = job.products.rhs_planes, codes = kPanelBlocks * tiles * kTileCodes;
     const size_t rows = std::min(job.m, kBlockRows);
     const size_t sum_count = rows * job.products.lhs_planes * kPanelN;
+    row_tiles = std::max<size_t>(1, kPointers / (pointer_taps * kMaxRows));
+    row_tiles = std::min(row_tiles, ceil_div(rows * job.products.lhs_planes, kMaxRows));
+    const size_t num_pointers = row_tiles * pointer_taps * kMaxRows;
     Scratch& scratch = task_scratch();
     scratch.reset(planes * (S::room<typename E::Rhs>(codes) + S::room<typename E::Sum>(sum_count)) +
-                  S::room<float>(rows * kPanelN) + S::room<void*>(pointer_taps * kMaxRows));
+                  S::room<float>(rows * kPanelN) + S::room<void*>(num_pointers));
     for (size_t q = 0; q < planes; ++q) {
       expanded[q] = scratch.take<typename E::Rhs>(codes);
       sums[q] = scratch.take<typename E::Sum>(sum_count);
     }
     scaled = scratch.take<float>(rows * kPanelN);
-    pointers = scratch.take<const typename E::Lhs*>(pointer_taps * kMaxRows);
+    pointers = scratch.take<const typename E::Lhs*>(num_pointers);
   }
 };
 
@@ -169,14 +175,15 @@ void sum_tiles(const GemmJob& job, const Panel& panel, size_t first, size_t coun
   const bool taps = job.lhs.offsets != nullptr;
   const size_t tap_begin = taps ? begin / per_tap : 0, tap_end = taps ? end / per_tap : 1;
   const size_t tile_count = taps ? per_tap : end - begin;
-  for (size_t i = 0; i < count * planes; i += kMaxRows) {
-    const size_t rows = std::min<size_t>(kMaxRows, count * planes - i);
+  const size_t lines = (tap_end - tap_begin) * tile_count, step = work.row_tiles * kMaxRows;
+  for (size_t i = 0; i < count * planes; i += step) {
+    const size_t rows = std::min(step, count * planes - i);
     row_pointers(job.lhs, planes, first * planes + i, rows, tap_begin, tap_end, begin * kTileK,
                  work.pointers);
     for (int q = 0; q < job.products.rhs_planes; ++q) {
       E::gemm(job, work.pointers, tap_end - tap_begin, tile_count,
               work.expanded[q] + (begin - base) * kTileCodes, tiles, rows, panel.num_blocks, q,
-              accumulate, codes->take((tap_end - tap_begin) * tile_count),
+              accumulate, codes->take(ceil_div(rows, kMaxRows) * lines),
               work.sums[q] + i * kPanelN);
     }
   }

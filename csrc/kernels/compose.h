@@ -3,6 +3,16 @@
 
 #include "kernels.h"
 
+// The products of kernels.h, a tile of rows at a time: tile(lhs, num_rows, dst).
+template <typename Lhs, typename Sum, typename Tile>
+static inline void afpq_by_row_tiles(const Lhs* const* lhs, size_t num_taps, size_t num_rows,
+                                     Sum* dst, const Tile& tile) {
+  for (size_t r = 0; r < num_rows; r += kMaxRows) {
+    const size_t rest = num_rows - r;
+    tile(lhs + r * num_taps, rest < kMaxRows ? rest : kMaxRows, dst + r * kPanelN);
+  }
+}
+
 // finish_f32_s32, a few rows at a time.
 static inline void afpq_finish_floats(const AfpqFinishFloats* args,
                                       void (*combine_rows)(const AfpqCombine*),

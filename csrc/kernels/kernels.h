@@ -79,8 +79,8 @@ struct AfpqQuantize;
 //   v = clamp(fma(residual[r][c] - residual_zero, residual_scale,
 //                 fma(src[r][c], row_scales[r], bias[c])))
 // else v as above. If floats is null, dst takes q of v as `quantize`, which has one plane and a
-// scale > 0, says, and of `low` where v is NaN; else floats take v. floats may be src. A scale of 1,
-// which drivers give, is the fast one.
+// scale > 0, says, and of `low` where v is NaN; else floats take v. floats may be src. A scale of
+// 1, which drivers give, is the fast one.
 typedef struct AfpqStoreBytes {
   const float* src;         // [num_rows][kPanelN]
   const float* row_scales;  // [num_rows]
@@ -219,13 +219,14 @@ typedef struct AfpqKernels {
                          float* dst);
 
   // dst[r][16 b + c] (+)= sum over taps t, tiles i, j < 4 of
-  //   lhs[t * kMaxRows + r][4 i + j] * rhs[(b * rhs_tiles + t * num_tiles + i)][c][j]        exact
-  //   int32
-  // lhs: num_taps x kMaxRows pointers (the first num_rows of each tap are used) to 4 * num_tiles
-  // bytes. rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst: [num_rows][kPanelN].
-  // num_rows: 1..kMaxRows, num_blocks: 1..kPanelBlocks. No |rhs| is beyond `limit`, at most 128.
-  // The caller keeps sums within int32. Never saturates. `ahead`: null, or memory that is needed
-  // soon, 64 bytes for each tap and tile, which may be asked for meanwhile.
+  //   lhs[r / kMaxRows][t][r % kMaxRows][4 i + j] *
+  //   rhs[(b * rhs_tiles + t * num_tiles + i)][c][j]                                  exact int32
+  // lhs: pointers to 4 * num_tiles bytes, [tiles of rows][num_taps][kMaxRows]; those of rows that
+  // do not exist are not used. rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst:
+  // [num_rows][kPanelN]. num_rows: at least 1, num_blocks: 1..kPanelBlocks. No |rhs| is beyond
+  // `limit`, at most 128. The caller keeps sums within int32. Never saturates. `ahead`: null, or
+  // memory that is needed soon, 64 bytes for each tile of rows, tap and tile, which may be asked
+  // for meanwhile.
   void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                          const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
                          int limit, int accumulate, const uint8_t* ahead, int32_t* dst);

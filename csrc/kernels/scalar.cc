@@ -57,7 +57,7 @@ void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t nu
       for (size_t c = 0; c < kTileN; ++c) sums[c] = accumulate ? out[c] : 0;
       const int8_t* tile = rhs + b * rhs_tiles * kTileCodes;
       for (size_t t = 0; t < num_taps; ++t) {
-        const uint8_t* row = lhs[t * kMaxRows + r];
+        const uint8_t* row = lhs[(r / kMaxRows * num_taps + t) * kMaxRows + r % kMaxRows];
         for (size_t i = 0; i < num_tiles; ++i, tile += kTileCodes) {
           for (size_t c = 0; c < kTileN; ++c) {
             for (size_t j = 0; j < kTileK; ++j)
@@ -80,7 +80,7 @@ void gemm_s32_s16_s16_scalar(const int16_t* const* lhs, size_t num_taps, size_t 
       for (size_t c = 0; c < kTileN; ++c) sums[c] = accumulate ? static_cast<uint32_t>(out[c]) : 0;
       const int16_t* pairs = rhs + b * rhs_tiles * kTileCodes;
       for (size_t t = 0; t < num_taps; ++t) {
-        const int16_t* row = lhs[t * kMaxRows + r];
+        const int16_t* row = lhs[(r / kMaxRows * num_taps + t) * kMaxRows + r % kMaxRows];
         for (size_t k = 0; k < num_tiles * kTileK; k += 2, pairs += 2 * kTileN) {
           for (size_t c = 0; c < kTileN; ++c) {
             sums[c] += static_cast<uint32_t>(row[k] * pairs[2 * c]);
@@ -103,7 +103,7 @@ void gemm_f32_f32_f32_scalar(const float* const* lhs, size_t num_taps, size_t nu
       for (size_t c = 0; c < kTileN; ++c) sums[c] = accumulate ? out[c] : 0.0f;
       const float* step = rhs + b * rhs_tiles * kTileCodes;
       for (size_t t = 0; t < num_taps; ++t) {
-        const float* row = lhs[t * kMaxRows + r];
+        const float* row = lhs[(r / kMaxRows * num_taps + t) * kMaxRows + r % kMaxRows];
         for (size_t k = 0; k < num_tiles * kTileK; ++k, step += kTileN) {
           for (size_t c = 0; c < kTileN; ++c) sums[c] = fmaf(row[k], step[c], sums[c]);
         }
