@@ -80,7 +80,7 @@ void gemm_bytes(const std::string& isa, Array<const uint8_t, 3> lhs, Array<const
     require(std::abs(int{rhs.data()[i]}) <= limit, "rhs has a number beyond limit");
   }
   run_gemm(lhs, rhs, dst, [&](auto... args) {
-    table_of(isa).gemm_s32_u8_s8(args..., limit, accumulate, nullptr, dst.data());
+    table_of(isa).gemm_s32_u8_s8(args..., limit, accumulate, AfpqAhead{}, dst.data());
   });
 }
 
@@ -249,8 +249,8 @@ double time_products(const std::string& isa, size_t calls) {
   for (size_t r = 0; r < kMaxRows; ++r) rows[r] = lhs.data() + r * kTiles * kTileK;
   const auto start = std::chrono::steady_clock::now();
   for (size_t i = 0; i < calls; ++i) {
-    kernels.gemm_s32_u8_s8(rows, 1, kTiles, rhs.data(), kTiles, kMaxRows, kPanelBlocks, 60, 0,
-                           nullptr, dst.data());
+    kernels.gemm_s32_u8_s8(rows, 1, kTiles, rhs.data(), kTiles, kMaxRows, kPanelBlocks, 60, 0, {},
+                           dst.data());
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

@@ -29,7 +29,7 @@ struct Bytes {
   }
   static void gemm(const GemmJob& job, const Lhs* const* lhs, size_t taps, size_t tiles,
                    const Rhs* rhs, size_t rhs_tiles, size_t rows, size_t blocks, int plane,
-                   int accumulate, const uint8_t* ahead, Sum* dst) {
+                   int accumulate, const AfpqAhead& ahead, Sum* dst) {
     job.kernels->gemm_s32_u8_s8(lhs, taps, tiles, rhs, rhs_tiles, rows, blocks,
                                 job.weight->limits[plane], accumulate, ahead, dst);
   }
@@ -48,7 +48,7 @@ struct Words {
   }
   static void gemm(const GemmJob& job, const Lhs* const* lhs, size_t taps, size_t tiles,
                    const Rhs* rhs, size_t rhs_tiles, size_t rows, size_t blocks, int /*plane*/,
-                   int accumulate, const uint8_t* /*ahead*/, Sum* dst) {
+                   int accumulate, const AfpqAhead& /*ahead*/, Sum* dst) {
     job.kernels->gemm_s32_s16_s16(lhs, taps, tiles, rhs, rhs_tiles, rows, blocks, accumulate, dst);
   }
 };
@@ -65,7 +65,7 @@ struct Floats {
   }
   static void gemm(const GemmJob& job, const Lhs* const* lhs, size_t taps, size_t tiles,
                    const Rhs* rhs, size_t rhs_tiles, size_t rows, size_t blocks, int /*plane*/,
-                   int accumulate, const uint8_t* /*ahead*/, Sum* dst) {
+                   int accumulate, const AfpqAhead& /*ahead*/, Sum* dst) {
     job.kernels->gemm_f32_f32_f32(lhs, taps, tiles, rhs, rhs_tiles, rows, blocks, accumulate, dst);
   }
 };
@@ -148,21 +148,20 @@ class NextCodes {
     const size_t next = panel.first_block + kPanelBlocks;
     const size_t end = std::min(next + kPanelBlocks, job.first_block + ceil_div(job.n, kTileN));
     if (next >= end) return;
-    at_ = weight.block(next);
-    end_ = at_ + (end - next) * weight.num_tiles * weight.tile_bytes;
+    left_.begin = weight.block(next);
+    left_.end = left_.begin + (end - next) * weight.num_tiles * weight.tile_bytes;
   }
 
-  // Where the next lines begin, or null.
-  const uint8_t* take(size_t lines) {
-    if (at_ >= end_) return nullptr;
-    const uint8_t* result = at_;
-    at_ += lines * 64;
+  // The next lines of 64 bytes.
+  AfpqAhead take(size_t lines) {
+    const size_t bytes = std::min(lines * 64, static_cast<size_t>(left_.end - left_.begin));
+    const AfpqAhead result = {left_.begin, left_.begin + bytes};
+    left_.begin = result.end;
     return result;
   }
 
  private:
-  const uint8_t* at_ = nullptr;
-  const uint8_t* end_ = nullptr;
+  AfpqAhead left_ = {};
 };
 
 // Sums of rows [first, first + count) over tiles [begin, end) of k. The expanded tiles start at

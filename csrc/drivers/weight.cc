@@ -40,7 +40,7 @@ std::vector<int32_t> sum_table(const AfpqKernels& kernels, const PackedWeight& w
       const uint8_t* lhs[kMaxRows] = {ones.data()};
       kernels.gemm_s32_u8_s8(lhs, 1, segment.end - segment.begin,
                              expanded.data() + segment.begin * kTileCodes, weight.num_tiles, 1, 1,
-                             128, 0, nullptr, sums);
+                             128, 0, {}, sums);
       std::copy(sums, sums + kTileN, result.begin() + s * width + block * kTileN);
     }
   }

@@ -44,7 +44,7 @@ static inline void afpq_multiply_codes(
     const int8_t* table, int accumulate, int32_t* dst,
     void (*expand)(const uint8_t*, size_t, unsigned, const int8_t*, int8_t*),
     void (*gemm)(const uint8_t* const*, size_t, size_t, const int8_t*, size_t, size_t, size_t, int,
-                 int, const uint8_t*, int32_t*)) {
+                 int, AfpqAhead, int32_t*)) {
   constexpr size_t kTiles = 32;
   int8_t codes[kTiles * kTileCodes];
   const uint8_t* rows[kMaxRows];
@@ -52,7 +52,7 @@ static inline void afpq_multiply_codes(
   for (size_t at = 0; at < num_tiles; at += kTiles) {
     const size_t tiles = num_tiles - at < kTiles ? num_tiles - at : kTiles;
     expand(src + at * 8 * bits, tiles, bits, table, codes);
-    gemm(rows, 1, tiles, codes, tiles, num_rows, 1, 128, accumulate || at > 0, nullptr, dst);
+    gemm(rows, 1, tiles, codes, tiles, num_rows, 1, 128, accumulate || at > 0, {}, dst);
     for (size_t r = 0; r < num_rows; ++r) rows[r] += tiles * kTileK;
   }
 }

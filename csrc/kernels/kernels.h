@@ -25,6 +25,12 @@ enum {
   kMaxRows = 6,                     // mr: at most so many rows in a register tile
 };
 
+// Bytes from `begin` to `end`; none if both are null.
+typedef struct AfpqAhead {
+  const uint8_t* begin;
+  const uint8_t* end;
+} AfpqAhead;
+
 // How sums of one row block become float: dst[r][c] = (accumulate ? dst[r][c] : 0) + scale[c] *
 // F[r][c].
 //
@@ -224,12 +230,11 @@ typedef struct AfpqKernels {
   // lhs: pointers to 4 * num_tiles bytes, [tiles of rows][num_taps][kMaxRows]; those of rows that
   // do not exist are not used. rhs: num_blocks blocks of rhs_tiles tiles of 64 signed bytes. dst:
   // [num_rows][kPanelN]. num_rows: at least 1, num_blocks: 1..kPanelBlocks. No |rhs| is beyond
-  // `limit`, at most 128. The caller keeps sums within int32. Never saturates. `ahead`: null, or
-  // memory that is needed soon, 64 bytes for each tile of rows, tap and tile, which may be asked
-  // for meanwhile.
+  // `limit`, at most 128. The caller keeps sums within int32. Never saturates. `ahead`: memory that
+  // is needed soon, which may be asked for meanwhile.
   void (*gemm_s32_u8_s8)(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                          const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                         int limit, int accumulate, const uint8_t* ahead, int32_t* dst);
+                         int limit, int accumulate, AfpqAhead ahead, int32_t* dst);
 
   // The same of one tap and one block, whose codes are expanded on the way, by a table as
   // expand_s8_afp takes it; there is a tile at least:

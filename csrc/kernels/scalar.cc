@@ -49,7 +49,7 @@ void expand_f32_afp_scalar(const uint8_t* src, size_t num_tiles, unsigned bits, 
 
 void gemm_s32_u8_s8_scalar(const uint8_t* const* lhs, size_t num_taps, size_t num_tiles,
                            const int8_t* rhs, size_t rhs_tiles, size_t num_rows, size_t num_blocks,
-                           int /*limit*/, int accumulate, const uint8_t* /*ahead*/, int32_t* dst) {
+                           int /*limit*/, int accumulate, AfpqAhead /*ahead*/, int32_t* dst) {
   for (size_t r = 0; r < num_rows; ++r) {
     for (size_t b = 0; b < num_blocks; ++b) {
       int32_t* out = dst + r * kPanelN + b * kTileN;

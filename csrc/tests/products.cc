@@ -89,7 +89,7 @@ void compare_bytes(Comparison* comparison) {
             const int8_t* rhs, size_t rhs_tiles, size_t rows, size_t blocks, int accumulate,
             int32_t* dst) {
           kernels.gemm_s32_u8_s8(lhs, shape.taps, shape.tiles, rhs, rhs_tiles, rows, blocks, limit,
-                                 accumulate, lhs[0], dst);
+                                 accumulate, {lhs[0], lhs[0] + shape.tiles * kTileK}, dst);
         });
   }
   // Sums as large as a segment's.
@@ -101,7 +101,7 @@ void compare_bytes(Comparison* comparison) {
     comparison->results(std::vector<int32_t>(3 * kPanelN), text_of("largest", weight),
                         [&](const AfpqKernels& kernels, int32_t* dst) {
                           kernels.gemm_s32_u8_s8(lhs, 1, kTiles, rhs.data(), kTiles, 3, 1, 128, 0,
-                                                 nullptr, dst);
+                                                 {}, dst);
                         });
   }
 }
