@@ -2,10 +2,12 @@
 // floats that are rounded and turned channel-last, one sample at a time.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
+#include "drivers/taps.h"
 
 namespace afpq {
 namespace {
@@ -31,63 +33,6 @@ Taps taps_of(const Conv& op, const ConvShape& shape) {
   return Taps::kDirect;
 }
 
-// Positions of an axis under (output, tap) times `step`, or -1 in the padding.
-std::vector<int32_t> axis_offsets(const ConvShape& shape, int axis, size_t step) {
-  std::vector<int32_t> offsets;
-  offsets.reserve(shape.out[axis] * shape.kernel[axis]);
-  for (size_t out = 0; out < shape.out[axis]; ++out) {
-    for (size_t tap = 0; tap < shape.kernel[axis]; ++tap) {
-      const size_t at = out * shape.strides[axis] + tap * shape.dilations[axis];
-      const bool inside = at >= shape.pads[axis] && at - shape.pads[axis] < shape.in[axis];
-      offsets.push_back(inside ? static_cast<int32_t>((at - shape.pads[axis]) * step) : -1);
-    }
-  }
-  return offsets;
-}
-
-// Where the taps of a convolution lie along every axis.
-struct AxisOffsets {
-  const ConvShape& shape;
-  const std::vector<int32_t> planes, rows, columns;
-
-  AxisOffsets(const ConvShape& conv_shape, size_t scale)
-      : shape(conv_shape),
-        planes(axis_offsets(shape, 0, shape.in[1] * shape.in[2] * scale)),
-        rows(axis_offsets(shape, 1, shape.in[2] * scale)),
-        columns(axis_offsets(shape, 2, scale)) {}
-
-  // Where the taps in each row of the kernel of output row zy begin, or -1 if they are in the
-  // padding: begins[kernel[0] * kernel[1]].
-  void find_begins(size_t zy, int32_t* begins) const {
-    const int32_t* plane = &planes[zy / shape.out[1] * shape.kernel[0]];
-    const int32_t* row = &rows[zy % shape.out[1] * shape.kernel[1]];
-    for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
-      for (size_t ky = 0; ky < shape.kernel[1]; ++ky)  // either is -1 only in the padding
-        *begins++ = (plane[kz] | row[ky]) < 0 ? -1 : plane[kz] + row[ky];
-    }
-  }
-  std::vector<int32_t> room_for_begins() const {
-    return std::vector<int32_t>(shape.kernel[0] * shape.kernel[1]);
-  }
-};
-
-// Index of the input pixel under (output pixel, tap) times `scale`, or -1 in the padding:
-// offsets[num_out][num_taps].
-void tap_offsets(const ConvShape& shape, size_t scale, int32_t* offsets) {
-  const AxisOffsets axes(shape, scale);
-  std::vector<int32_t> begins = axes.room_for_begins();
-  for (size_t zy = 0; zy < shape.out[0] * shape.out[1]; ++zy) {
-    axes.find_begins(zy, begins.data());
-    for (size_t x = 0; x < shape.out[2]; ++x) {
-      const int32_t* column = &axes.columns[x * shape.kernel[2]];
-      for (const int32_t begin : begins) {
-        for (size_t kx = 0; kx < shape.kernel[2]; ++kx)
-          *offsets++ = (begin | column[kx]) < 0 ? -1 : begin + column[kx];
-      }
-    }
-  }
-}
-
 // A few elements, which memmove would take longer to look at than to copy.
 template <typename T>
 void copy_few(const T* src, size_t count, T* dst) {
@@ -103,11 +48,11 @@ void copy_few(const T* src, size_t count, T* dst) {
 // The taps of output pixel x, in rows of the kernel that begin at `begins`, as one row. Those in a
 // row of the kernel lie next to each other where none is in the padding.
 template <typename T>
-void gather_patch(const AxisOffsets& axes, const std::vector<int32_t>& begins, const T* pixels,
-                  T padding, size_t x, T* dst) {
-  const ConvShape& shape = axes.shape;
+void gather_patch(const ConvShape& shape, const TapOffsets& taps,
+                  const std::vector<int32_t>& begins, const T* pixels, T padding, size_t x,
+                  T* dst) {
   const size_t channels = shape.channels_in, count = shape.kernel[2];
-  const int32_t* column = &axes.columns[x * count];
+  const int32_t* column = taps.columns(x);
   const bool together = shape.dilations[2] == 1 && (column[0] | column[count - 1]) >= 0;
   for (const int32_t begin : begins) {
     if (begin < 0) {
@@ -132,17 +77,17 @@ void gather_patch(const AxisOffsets& axes, const std::vector<int32_t>& begins, c
 template <typename T>
 void gather_patches(const ConvShape& shape, const T* pixels, T padding, size_t padded,
                     const Parallel& parallel, T* rows) {
-  const AxisOffsets axes(shape, shape.channels_in);
+  const TapOffsets taps(shape, shape.channels_in);
   const size_t size = shape.num_taps() * shape.channels_in;
   const size_t step = std::max<size_t>(1, kTaskElements / padded);
   parallel_for(parallel, ceil_div(shape.num_out(), step), [&](size_t task) {
-    std::vector<int32_t> begins = axes.room_for_begins();
+    std::vector<int32_t> begins(taps.kernel_rows());
     const size_t first = task * step;
     for (size_t r = first; r < std::min(shape.num_out(), first + step); ++r) {
       const size_t x = r % shape.out[2];
-      if (r == first || x == 0) axes.find_begins(r / shape.out[2], begins.data());
+      if (r == first || x == 0) taps.find_begins(r / shape.out[2], begins.data());
       T* row = rows + r * padded;
-      gather_patch(axes, begins, pixels, padding, x, row);
+      gather_patch(shape, taps, begins, pixels, padding, x, row);
       std::fill(row + size, row + padded, T{0});
     }
   });
@@ -166,6 +111,7 @@ struct Job {
   const size_t patch;   // elements of a patch: k, in whole tiles
   const bool in_place;  // the source's bytes are the rows
   const OutputUnit unit;
+  std::optional<TapOffsets> offsets;  // of taps that are read in place
 
   Job(const Conv& conv, const ConvShape& conv_shape, bool has_bytes, bool to_bytes)
       : op(conv),
@@ -178,7 +124,9 @@ struct Job {
         depthwise(conv_fits_depthwise(conv, conv_shape)),
         patch(conv.weight->num_tiles * kTileK),
         in_place(has_bytes && products.elements == Elements::kBytes),
-        unit{to_bytes ? conv.dst_rounding.scale : 1.0f} {}
+        unit{to_bytes ? conv.dst_rounding.scale : 1.0f} {
+    if (taps == Taps::kOffsets) offsets.emplace(shape, shape.channels_in);
+  }
 
   size_t num_elements() const { return shape.num_in() * shape.channels_in; }
 };
@@ -188,8 +136,7 @@ struct Sample {
   uint8_t* pixels[2] = {nullptr, nullptr};   // [num_in][channels], unless they are the source's
   uint8_t* patches[2] = {nullptr, nullptr};  // [num_out][patch]
   uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group]
-  int32_t* offsets = nullptr;
-  float* row_scales = nullptr;  // [num_out], in output units
+  float* row_scales = nullptr;               // [num_out], in output units
   int32_t* zero_points = nullptr;
   float* bias = nullptr;  // [channels_out], in output units
 };
@@ -200,20 +147,18 @@ Sample allocate_sample(const Job& job) {
   const size_t pixels = job.in_place ? 0 : job.num_elements() * element;
   const size_t padding = shape.group_in() * element;
   const size_t patches = job.taps == Taps::kPatches ? shape.num_out() * job.patch * element : 0;
-  const size_t offsets = job.taps == Taps::kOffsets ? shape.num_out() * shape.num_taps() : 0;
   using S = Scratch;
   Scratch& scratch = layer_scratch();
   scratch.reset(
       planes * (S::room<uint8_t>(pixels) + S::room<uint8_t>(patches) + S::room<uint8_t>(padding)) +
-      S::room<int32_t>(offsets) + S::room<float>(shape.num_out()) +
-      S::room<int32_t>(shape.num_out()) + S::room<float>(shape.channels_out));
+      S::room<float>(shape.num_out()) + S::room<int32_t>(shape.num_out()) +
+      S::room<float>(shape.channels_out));
   Sample sample;
   for (size_t p = 0; p < planes; ++p) {
     sample.pixels[p] = scratch.take<uint8_t>(pixels);
     sample.patches[p] = scratch.take<uint8_t>(patches);
     sample.padding[p] = scratch.take<uint8_t>(padding);
   }
-  sample.offsets = scratch.take<int32_t>(offsets);
   sample.row_scales = scratch.take<float>(shape.num_out());
   sample.zero_points = scratch.take<int32_t>(shape.num_out());
   if (const float* bias = job.op.bias) {
@@ -288,10 +233,7 @@ LhsRows rows_of_group(const Job& job, size_t group, const Sample& sample) {
     rows.padding[p] = sample.padding[p];
   }
   rows.stride = patches ? job.patch : job.shape.channels_in;
-  if (job.taps == Taps::kOffsets) {
-    rows.offsets = sample.offsets;
-    rows.num_taps = job.shape.num_taps();
-  }
+  if (job.offsets) rows.taps = &*job.offsets;
   return rows;
 }
 
@@ -338,7 +280,6 @@ void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, si
                const ConvTarget& dst, const Parallel& parallel) {
   const Job job(op, shape, src.bytes != nullptr, dst.bytes != nullptr);
   Sample sample = allocate_sample(job);
-  if (job.taps == Taps::kOffsets) tap_offsets(shape, shape.channels_in, sample.offsets);
   for (size_t i = 0; i < batch; ++i) {
     fill_rows(job, src, i, &sample, parallel);
     if (job.depthwise) {

@@ -13,7 +13,7 @@ namespace {
 constexpr size_t kPointers = 1024;  // to rows, at a time: 8 KB
 constexpr size_t kTargetTasks = 8;  // enough for a few threads; the pool is not asked for its size
 
-size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps; }
+size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps(); }
 
 // The three kinds of elements: their types, the kernels that work on them, and the tiles of k that
 // are expanded at a time when one block holds all rows (of 4 blocks, 16 or 32 KB of integers).
@@ -73,26 +73,42 @@ struct Floats {
 // Pointers as kernels.h wants them: [tile of rows][tap][kMaxRows]. `first` and `count` are in rows
 // of planes, of which there are 1 or 2.
 template <typename T>
-void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count, size_t tap_begin,
-                  size_t tap_end, size_t element_offset, const T** out) {
-  if (planes == 1 && lhs.offsets == nullptr) {
+void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count,
+                  size_t element_offset, const T** out) {
+  if (planes == 1) {
     const T* row = static_cast<const T*>(lhs.planes[0]) + first * lhs.stride + element_offset;
     for (size_t i = 0; i < count; ++i, row += lhs.stride) out[i] = row;
     return;
   }
-  const size_t taps = tap_end - tap_begin;
   for (size_t i = 0; i < count; ++i) {
-    const size_t row = (first + i) >> (planes - 1), plane = (first + i) & (planes - 1);
+    const size_t row = (first + i) / 2, plane = (first + i) % 2;
+    out[i] = static_cast<const T*>(lhs.planes[plane]) + row * lhs.stride + element_offset;
+  }
+}
+
+// The same of taps [tap_begin, tap_end) of pixels. begins: room for the rows of a kernel.
+template <typename T>
+void tap_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count, size_t tap_begin,
+                  size_t tap_end, int32_t* begins, const T** out) {
+  const TapOffsets& offsets = *lhs.taps;
+  const size_t taps = tap_end - tap_begin, columns = offsets.kernel_columns();
+  const size_t begin_row = tap_begin / columns, begin_column = tap_begin % columns;
+  size_t line = first / planes / offsets.line(), x = first / planes % offsets.line();
+  offsets.find_begins(line, begins);
+  for (size_t i = 0; i < count; ++i) {
+    const size_t plane = (first + i) % planes;
     const T* base = static_cast<const T*>(lhs.planes[plane]);
-    if (lhs.offsets == nullptr) {
-      out[i] = base + row * lhs.stride + element_offset;
-      continue;
-    }
     const T* padding = static_cast<const T*>(lhs.padding[plane]);
-    const int32_t* offsets = lhs.offsets + row * lhs.num_taps + tap_begin;
+    const int32_t* column = offsets.columns(x);
     const T** to = out + i / kMaxRows * taps * kMaxRows + i % kMaxRows;
-    for (size_t tap = 0; tap < taps; ++tap)
-      to[tap * kMaxRows] = offsets[tap] < 0 ? padding : base + offsets[tap];
+    for (size_t t = 0, ky = begin_row, kx = begin_column; t < taps; ++t) {
+      const int32_t a = begins[ky], b = column[kx];
+      to[t * kMaxRows] = (a | b) < 0 ? padding : base + (a + b);
+      if (++kx == columns) kx = 0, ++ky;
+    }
+    if (plane + 1 < planes || ++x < offsets.line() || i + 1 == count) continue;
+    x = 0;
+    offsets.find_begins(++line, begins);
   }
 }
 
@@ -104,6 +120,7 @@ struct Workspace {
   float* scaled;                     // [kBlockRows][kPanelN]
   size_t row_tiles;                  // that are multiplied at a time
   const typename E::Lhs** pointers;  // [row_tiles][taps][kMaxRows]
+  int32_t* begins;                   // of the rows of a kernel
 
   Workspace(const GemmJob& job, size_t tiles, size_t pointer_taps) {
     using S = Scratch;
@@ -115,13 +132,15 @@ struct Workspace {
     const size_t num_pointers = row_tiles * pointer_taps * kMaxRows;
     Scratch& scratch = task_scratch();
     scratch.reset(planes * (S::room<typename E::Rhs>(codes) + S::room<typename E::Sum>(sum_count)) +
-                  S::room<float>(rows * kPanelN) + S::room<void*>(num_pointers));
+                  S::room<float>(rows * kPanelN) + S::room<void*>(num_pointers) +
+                  S::room<int32_t>(pointer_taps));
     for (size_t q = 0; q < planes; ++q) {
       expanded[q] = scratch.take<typename E::Rhs>(codes);
       sums[q] = scratch.take<typename E::Sum>(sum_count);
     }
     scaled = scratch.take<float>(rows * kPanelN);
     pointers = scratch.take<const typename E::Lhs*>(num_pointers);
+    begins = scratch.take<int32_t>(pointer_taps);
   }
 };
 
@@ -171,14 +190,18 @@ void sum_tiles(const GemmJob& job, const Panel& panel, size_t first, size_t coun
                size_t end, size_t base, size_t tiles, bool accumulate, const Workspace<E>& work,
                NextCodes* codes) {
   const size_t per_tap = tap_tiles(job), planes = job.products.lhs_planes;
-  const bool taps = job.lhs.offsets != nullptr;
+  const bool taps = job.lhs.taps != nullptr;
   const size_t tap_begin = taps ? begin / per_tap : 0, tap_end = taps ? end / per_tap : 1;
   const size_t tile_count = taps ? per_tap : end - begin;
   const size_t lines = (tap_end - tap_begin) * tile_count, step = work.row_tiles * kMaxRows;
   for (size_t i = 0; i < count * planes; i += step) {
     const size_t rows = std::min(step, count * planes - i);
-    row_pointers(job.lhs, planes, first * planes + i, rows, tap_begin, tap_end, begin * kTileK,
-                 work.pointers);
+    if (taps) {
+      tap_pointers(job.lhs, planes, first * planes + i, rows, tap_begin, tap_end, work.begins,
+                   work.pointers);
+    } else {
+      row_pointers(job.lhs, planes, first * planes + i, rows, begin * kTileK, work.pointers);
+    }
     for (int q = 0; q < job.products.rhs_planes; ++q) {
       E::gemm(job, work.pointers, tap_end - tap_begin, tile_count,
               work.expanded[q] + (begin - base) * kTileCodes, tiles, rows, panel.num_blocks, q,
@@ -227,7 +250,7 @@ void sum_codes(const GemmJob& job, const Panel& panel, const Segment& segment,
                const Workspace<E>& work) {
   const PackedWeight& weight = *job.weight;
   const size_t planes = job.products.lhs_planes, rows = job.m * planes;
-  row_pointers(job.lhs, planes, 0, rows, 0, 1, segment.begin * kTileK, work.pointers);
+  row_pointers(job.lhs, planes, 0, rows, segment.begin * kTileK, work.pointers);
   for (size_t b = 0; b < panel.num_blocks; ++b) {
     const uint8_t* src = weight.block(panel.first_block + b) + segment.begin * weight.tile_bytes;
     for (int q = 0; q < job.products.rhs_planes; ++q) {
@@ -266,7 +289,7 @@ void gemm_few_rows(const GemmJob& job, const Panel& panel) {
 template <typename E>
 void gemm_many_rows(const GemmJob& job, const Panel& panel, size_t row_begin, size_t row_end) {
   const PackedWeight& weight = *job.weight;
-  const Workspace<E> work(job, weight.num_tiles, job.lhs.num_taps);
+  const Workspace<E> work(job, weight.num_tiles, job.lhs.num_taps());
   expand_panel(job, panel, 0, weight.num_tiles, work);
   NextCodes codes(job, panel);
   for (size_t first = row_begin; first < row_end; first += kBlockRows) {
@@ -290,7 +313,7 @@ void gemm_many_rows(const GemmJob& job, const Panel& panel, size_t row_begin, si
 template <typename E>
 void gemm_of(const GemmJob& job, const Parallel& parallel) {
   const size_t panels = ceil_div(job.n, kPanelN);
-  if (job.m <= kBlockRows && job.lhs.offsets == nullptr) {
+  if (job.m <= kBlockRows && job.lhs.taps == nullptr) {
     // A few panels a task keep the cost of handing out work below the work.
     const size_t bytes = kPanelBlocks * job.weight->num_tiles * job.weight->tile_bytes;
     const size_t chunk = std::max<size_t>(1, std::min(panels, (size_t{32} << 10) / bytes / job.m));

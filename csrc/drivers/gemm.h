@@ -19,6 +19,7 @@
 #include <limits>
 
 #include "core/parallel.h"
+#include "drivers/taps.h"
 #include "drivers/weight.h"
 #include "kernels/kernels.h"
 
@@ -50,15 +51,16 @@ struct Products {
 Products products_of(const AfpqKernels& kernels, Activations mode, const PackedWeight& weight,
                      size_t rows = SIZE_MAX);
 
-// Where the rows of lhs lie. Either row r starts at plane + r * stride (offsets null: one tap of
-// all k), or tap t of row r starts at plane + offsets[r * num_taps + t], or at `padding` where the
-// offset is negative. All of it in elements, which are what the products ask for.
+// Where the rows of lhs lie. Either row r starts at plane + r * stride (one tap of all k), or row r
+// is pixel r of a convolution, whose taps lie in the plane, or at `padding`. All of it in elements,
+// which are what the products ask for.
 struct LhsRows {
   const void* planes[2] = {nullptr, nullptr};  // bytes of a16: high, low; else only [0]
   size_t stride = 0;
-  const int32_t* offsets = nullptr;
-  size_t num_taps = 1;
+  const TapOffsets* taps = nullptr;
   const void* padding[2] = {nullptr, nullptr};
+
+  size_t num_taps() const { return taps ? taps->num_taps() : 1; }
 };
 
 // What is added to a product before it is clamped: bytes of a static format, in rows like dst.
