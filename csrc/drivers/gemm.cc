@@ -324,12 +324,15 @@ void gemm_of(const GemmJob& job, const Parallel& parallel) {
     });
     return;
   }
-  const size_t row_tasks = std::max<size_t>(1, kTargetTasks / panels);
-  const size_t rows = ceil_div(ceil_div(job.m, row_tasks), kBlockRows) * kBlockRows;
-  const size_t splits = ceil_div(job.m, rows);
+  // Splits of rows differ by a block at most.
+  const size_t blocks = ceil_div(job.m, kBlockRows);
+  const size_t splits = std::clamp<size_t>(kTargetTasks / panels, 1, blocks);
+  const auto row = [&](size_t split) {
+    return std::min(split * blocks / splits * kBlockRows, job.m);
+  };
   parallel_for(parallel, panels * splits, [&](size_t task) {
-    const size_t begin = task / panels * rows;
-    gemm_many_rows<E>(job, panel_of(job, task % panels), begin, std::min(begin + rows, job.m));
+    const size_t split = task / panels;
+    gemm_many_rows<E>(job, panel_of(job, task % panels), row(split), row(split + 1));
   });
 }
 
