@@ -56,6 +56,7 @@ struct Job {
                                    kLeastPixels, kMostPixels);
     const size_t units = std::max<size_t>(1, most / unit);
     count = ceil_div(total, units);
+    if (count > 1) count = round_up(count, 2);  // for as many threads
     pixels = ceil_div(total, count) * unit;
     if (!taps) pixels = round_up(pixels, kLanePixels);
     count = ceil_div(shape.num_out(), pixels);
@@ -226,15 +227,12 @@ void expand_all(const Job& job, uint8_t* dst, const Parallel& parallel) {
 
 void run_many_strips(const Job& job, const Source& source, const uint8_t* expanded, float* dst,
                      const Parallel& parallel) {
-  const size_t step = ceil_div(job.count, kTargetTasks);
-  parallel_for(parallel, ceil_div(job.count, step), [&](size_t task) {
+  parallel_for(parallel, job.count, [&](size_t strip) {
     task_scratch().reset(Scratch::room<uint8_t>(job.panel_bytes));
     uint8_t* panel = task_scratch().take<uint8_t>(job.panel_bytes);
-    for (size_t strip = task * step; strip < std::min(job.count, (task + 1) * step); ++strip) {
-      make_panel(job, source, strip, panel);
-      for (size_t b = 0; b < job.op.weight->num_blocks; ++b)
-        multiply(job, source.quantizer, strip, panel, b, expanded + b * job.block_bytes, dst);
-    }
+    make_panel(job, source, strip, panel);
+    for (size_t b = 0; b < job.op.weight->num_blocks; ++b)
+      multiply(job, source.quantizer, strip, panel, b, expanded + b * job.block_bytes, dst);
   });
 }
 
