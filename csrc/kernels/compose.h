@@ -7,9 +7,10 @@
 template <typename Lhs, typename Sum, typename Tile>
 static inline void afpq_by_row_tiles(const Lhs* const* lhs, size_t num_taps, size_t num_rows,
                                      Sum* dst, const Tile& tile) {
-  for (size_t r = 0; r < num_rows; r += kMaxRows) {
+  constexpr size_t kRows = kMaxRows;
+  for (size_t r = 0; r < num_rows; r += kRows) {
     const size_t rest = num_rows - r;
-    tile(lhs + r * num_taps, rest < kMaxRows ? rest : kMaxRows, dst + r * kPanelN);
+    tile(lhs + r * num_taps, rest < kRows ? rest : kRows, dst + r * kPanelN);
   }
 }
 
