@@ -76,6 +76,7 @@ def test_expand_to_floats_transposes_tiles(isa: str, bits: int, num_tiles: int) 
 # gemm
 
 
+ROWS = [*range(1, MR + 1), MR + 1, 2 * MR, 3 * MR - 2]
 GEMM_SHAPES = [(1, 0), (1, 1), (1, 2), (1, 7), (2, 3), (3, 1), (9, 2)]  # taps, tiles a tap
 
 
@@ -84,7 +85,7 @@ LIMITS = [1, 16, 17, 32, 33, 64, 65, 127, 128]  # of |rhs|; around those where k
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("num_blocks", range(1, 5))
-@pytest.mark.parametrize("num_rows", range(1, MR + 1))
+@pytest.mark.parametrize("num_rows", ROWS)
 def test_gemm_of_bytes_is_exact(isa: str, num_rows: int, num_blocks: int, accumulate: bool) -> None:
     rng = np.random.default_rng(num_rows * 10 + num_blocks)
     for (taps, tiles), limit in itertools.product(GEMM_SHAPES, LIMITS):
@@ -137,7 +138,7 @@ def test_gemm_of_codes_is_exact(isa: str, num_rows: int, bits: int) -> None:
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("num_blocks", range(1, 5))
-@pytest.mark.parametrize("num_rows", range(1, MR + 1))
+@pytest.mark.parametrize("num_rows", ROWS)
 def test_gemm_of_words_is_exact_up_to_whole_turns(
     isa: str, num_rows: int, num_blocks: int, accumulate: bool
 ) -> None:
@@ -158,7 +159,7 @@ def test_gemm_of_words_is_exact_up_to_whole_turns(
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("num_blocks", range(1, 5))
-@pytest.mark.parametrize("num_rows", range(1, MR + 1))
+@pytest.mark.parametrize("num_rows", ROWS)
 def test_gemm_of_floats_is_one_chain(
     isa: str, num_rows: int, num_blocks: int, accumulate: bool
 ) -> None:

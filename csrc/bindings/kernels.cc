@@ -55,14 +55,17 @@ template <typename Lhs, typename Rhs, typename Dst, typename Call>
 void run_gemm(Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs, Array<Dst, 2> dst, Call&& call) {
   const size_t taps = lhs.shape(0), rows = lhs.shape(1), k = lhs.shape(2);
   require(k % kTileK == 0, "the last axis of lhs must be a multiple of 4");
-  require(rows >= 1 && rows <= kMaxRows, "lhs must have 1..6 rows");
+  require(rows >= 1, "lhs must have a row");
   require(rhs.shape(0) >= 1 && rhs.shape(0) <= kPanelBlocks, "rhs must have 1..4 blocks");
   require(rhs.shape(1) >= taps * k / kTileK && rhs.shape(2) == kTileCodes,
           "rhs must be [num_blocks, rhs_tiles, 64] with a tile for each 4 values of each tap");
   require(dst.shape(0) == rows && dst.shape(1) == kPanelN, "dst must be [num_rows, 64]");
-  std::vector<const Lhs*> pointers(taps * kMaxRows, nullptr);
+  std::vector<const Lhs*> pointers(afpq::ceil_div(rows, kMaxRows) * taps * kMaxRows, nullptr);
   for (size_t t = 0; t < taps; ++t) {
-    for (size_t r = 0; r < rows; ++r) pointers[t * kMaxRows + r] = lhs.data() + (t * rows + r) * k;
+    for (size_t r = 0; r < rows; ++r) {
+      pointers[(r / kMaxRows * taps + t) * kMaxRows + r % kMaxRows] =
+          lhs.data() + (t * rows + r) * k;
+    }
   }
   call(pointers.data(), taps, k / kTileK, rhs.data(), rhs.shape(1), rows, rhs.shape(0));
 }
