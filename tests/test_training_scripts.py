@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from afpq.train import Recipe  # noqa: E402
+from afpq.train import RECIPES, Recipe  # noqa: E402
 from training import nets, retune, runs, tasks  # noqa: E402
 from training.onnx_net import OnnxNet  # noqa: E402
 
@@ -118,6 +118,14 @@ def test_statistics_mend_shifts_and_scales_but_not_noise() -> None:
     exact = torch.randn(8, 4, 16, 16)
     assert retune.share_of_statistics(exact, 1.2 * exact + 0.3) > 0.999
     assert abs(retune.share_of_statistics(exact, exact + 0.1 * torch.randn_like(exact))) < 0.02
+
+
+def test_a_gpu_takes_what_has_no_rounded_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert tasks.device_of(RECIPES["noune2022"]).type == "cuda"
+    assert tasks.device_of(RECIPES["hfp8"]).type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tasks.device_of(RECIPES["noune2022"]).type == "cpu"
 
 
 def test_tables_compare_with_float32_of_the_same_task(monkeypatch: pytest.MonkeyPatch) -> None:

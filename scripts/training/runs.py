@@ -19,7 +19,7 @@ import torch
 from afpq import _core
 from afpq.train import Recipe
 
-from .tasks import DATA, TASKS, Outcome
+from .tasks import DATA, TASKS, Outcome, device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "results" / "training.json"
@@ -111,14 +111,16 @@ def run_cases(cases: Sequence[Case], chosen: argparse.Namespace) -> dict:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, chosen.jobs), context) as pool:
         running = {
-            pool.submit(_run, case, seed, epochs): key for key, case, seed, epochs in missing
+            pool.submit(_run, case, seed, epochs): (key, str(device_of(case.recipe)))
+            for key, case, seed, epochs in missing
         }
         for done in as_completed(running):
             outcome, seconds = done.result()
-            key = running[done]
+            key, device = running[done]
             print(f"{key}: {outcome} in {seconds:.0f} s", file=sys.stderr, flush=True)
             results = read_results()  # another script may have written
-            results["runs"][key] = {**asdict(outcome), "seconds": round(seconds, 1), **facts}
+            about = {"seconds": round(seconds, 1), "device": device, **facts}
+            results["runs"][key] = {**asdict(outcome), **about}
             write_results(results)
     return results
 

@@ -3,7 +3,7 @@
 Data comes from the folder that AFPQ_TRAINING_DATA names (mnist/, cifar10/, tinystories/ with train.npz and test.npz,
 any number of images: full CIFAR-10, with --epochs 200), else from ../shared/data. Where there is none, MNIST is
 scikit-learn's 1797 handwritten digits at 28 x 28, and the other tasks are left out. Images and texts that are measured
-are never trained on.
+are never trained on. A GPU is used where there is one, but for rounded sums, which the processor computes.
 """
 
 import csv
@@ -52,6 +52,11 @@ class Task:
     epochs: int
     run: Callable[[Recipe, int, int], Outcome]
     available: Callable[[], bool]
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    gpu = recipe.accumulator is None and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def _batches(size: int, batch: int, epochs: int) -> Iterator[tuple[bool, Tensor]]:
@@ -124,8 +129,9 @@ def _mnist() -> tuple[Tensor, ...]:
 
 def run_mnist(recipe: Recipe, seed: int, epochs: int, rate: float = 0.02) -> Outcome:
     torch.manual_seed(seed)
-    images, labels, test_images, test_labels = _mnist()
-    net = afpq.train.convert(lenet5(), recipe)
+    device = device_of(recipe)
+    images, labels, test_images, test_labels = (t.to(device) for t in _mnist())
+    net = afpq.train.convert(lenet5().to(device), recipe)
     optimizer = afpq.train.optimizer(SGD(net.parameters(), lr=rate, momentum=0.9), recipe)
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ def shifted(images: Tensor, border: Tensor | float = 0.0) -> Tensor:
     """Images moved by up to 4 pixels, each second one mirrored; `border` comes in from outside."""
     padded = functional.pad(images - border, (4, 4, 4, 4)) + border
     dy, dx = torch.randint(0, 9, (2, len(images)))
-    flip = torch.rand(len(images)) < 0.5
+    flip = (torch.rand(len(images)) < 0.5).to(images.device)
     rows = [
         padded[i, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(zip(dy, dx, strict=True))
     ]
@@ -170,8 +176,11 @@ def shifted(images: Tensor, border: Tensor | float = 0.0) -> Tensor:
 
 def run_cifar(recipe: Recipe, seed: int, epochs: int) -> Outcome:
     torch.manual_seed(seed)
-    images, labels = cifar("train")
-    net = ResNet20().to(memory_format=torch.channels_last)
+    device = device_of(recipe)
+    images, labels, test_images, test_labels = (
+        t.to(device) for part in ("train", "test") for t in cifar(part)
+    )
+    net = ResNet20().to(device, memory_format=torch.channels_last)
     net = afpq.train.convert(net, recipe)
     inner = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     optimizer = afpq.train.optimizer(inner, recipe)
@@ -181,16 +190,16 @@ def run_cifar(recipe: Recipe, seed: int, epochs: int) -> Outcome:
         return functional.cross_entropy(net(x), labels[indices])
 
     final = _train(loss_of, optimizer, len(images), 128, epochs, warmup=40)
-    return Outcome(_top1(net, *cifar("test")), final, optimizer.skipped, optimizer.scale)
+    return Outcome(_top1(net, test_images, test_labels), final, optimizer.skipped, optimizer.scale)
 
 
 def run_stories(recipe: Recipe, seed: int, epochs: int) -> Outcome:
     """Nats per token of the last 35 of 195 windows of 256 tokens, after training on the first 160."""
     torch.manual_seed(seed)
     with np.load(DATA / "tinystories" / "text.npz") as file:
-        ids = torch.from_numpy(file["ids"].astype(np.int64))
+        ids = torch.from_numpy(file["ids"].astype(np.int64)).to(device_of(recipe))
     train, test = ids[:160], ids[160:]
-    net = afpq.train.convert(Transformer(512, 256), recipe)
+    net = afpq.train.convert(Transformer(512, 256).to(ids.device), recipe)
     optimizer = afpq.train.optimizer(Adam(net.parameters(), lr=2e-3, eps=1e-8), recipe)
 
     def nats(windows: Tensor) -> Tensor:
