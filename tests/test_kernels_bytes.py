@@ -115,7 +115,7 @@ def test_ties_of_every_scale_go_to_the_even_byte(isa: str, text: str) -> None:
     fmt = AfpFormat.parse(text)
     steps = np.arange(-fmt.max_integer - 3 if fmt.signed else -3, fmt.max_integer + 3)
     for mantissa in range(128, 256):
-        for exponent in (-9, 0, 40):
+        for exponent in (-150, -30, -9, 0, 40, 112):
             scale = np.float32(np.ldexp(float(mantissa), exponent - 7))
             if not np.isfinite(scale * np.float32(600)) or scale < 2.0**-126:
                 continue
