@@ -5,6 +5,7 @@ A function takes the node and its inputs, torch tensors or None, and returns its
 node is refused, never approximated.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -64,7 +65,9 @@ def _tensor(value: Tensor | None) -> Tensor:
 def _ints(node: ir.Node, inputs: Inputs, position: int, name: str) -> list[int] | None:
     """Integers that newer opsets read from an input and older ones from an attribute; None if there are none."""
     if len(inputs) > position and inputs[position] is not None:
-        return [int(x) for x in _tensor(inputs[position]).reshape(-1).tolist()]
+        # Without an operator of torch, which `torch.export` could not see through.
+        values = _tensor(inputs[position]).tolist()
+        return [int(x) for x in (values if isinstance(values, list) else [values])]
     found = attribute(node, name, None)
     return None if found is None else [int(x) for x in found]
 
@@ -97,8 +100,7 @@ def _reshape(node: ir.Node, inputs: Inputs) -> list[Tensor]:
 def _flatten(node: ir.Node, inputs: Inputs) -> list[Tensor]:
     x = _tensor(inputs[0])
     axis = attribute(node, "axis", 1)
-    rows = int(torch.tensor(x.shape[:axis]).prod())
-    return [x.reshape(rows, -1)]
+    return [x.reshape(math.prod(x.shape[:axis]), -1)]
 
 
 def _squeeze(node: ir.Node, inputs: Inputs) -> list[Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ import afpq.train
 from afpq.train import FloatFormat, Operands, Recipe, Rounding
 
 from .onnx_net import OnnxNet
-from .tasks import BLACK, DATA, cifar, imagenet, shifted
+from .tasks import BLACK, DATA, cifar, shifted
 
 MODELS = DATA.parent / "models"
 RESNET20 = MODELS / "cifar10" / "resnet20-bn.onnx"
@@ -41,9 +42,17 @@ def _resnet20() -> _Case:
 
 def _mobilenetv2() -> _Case:
     """Batch norm was folded: it is put back, with the statistics of the images that will re-estimate it."""
-    net, training = OnnxNet(MOBILENETV2), imagenet("calibration")[0]
+    net, training = OnnxNet(MOBILENETV2), _photographs("calibration")[0]
     net.unfold(training)
-    return _Case(net, training, *imagenet("evaluation"))
+    return _Case(net, training, *_photographs("evaluation"))
+
+
+def _photographs(part: str) -> tuple[Tensor, Tensor]:
+    """Images as MobileNetV2 takes them, and labels."""
+    inputs = ort.InferenceSession(MOBILENETV2).get_inputs()
+    data = afpq.open_data(DATA / "imagenet" / part, inputs, preprocess="imagenet-torchvision")
+    images = np.concatenate([feed[data.names[0]] for feed in data.batches()])
+    return torch.from_numpy(images), torch.from_numpy(data.labels)
 
 
 NETWORKS: dict[str, tuple[Callable[[], bool], Callable[[], _Case]]] = {

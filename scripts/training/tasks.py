@@ -6,7 +6,6 @@ scikit-learn's 1797 handwritten digits at 28 x 28, and the other tasks are left 
 are never trained on. A GPU is used where there is one, but for rounded sums, which the processor computes.
 """
 
-import csv
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam
@@ -149,17 +147,6 @@ def cifar(part: str) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2).float() / 255
         labels = torch.from_numpy(file["labels"]).long()
     return ((images - _MEAN) / _DEVIATION).to(memory_format=torch.channels_last), labels
-
-
-def imagenet(part: str) -> tuple[Tensor, Tensor]:
-    """Normalised photographs [samples, 3, 224, 224] and labels of `calibration` (200) or `evaluation` (300)."""
-    folder = DATA / "imagenet" / part
-    with open(folder / "labels.csv", encoding="utf-8") as file:
-        label_of = {row["file"]: int(row["label"]) for row in csv.DictReader(file)}
-    names = sorted(label_of)
-    images = np.stack([np.asarray(Image.open(folder / name).convert("RGB")) for name in names])
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (pixels - _MEAN) / _DEVIATION, torch.tensor([label_of[name] for name in names])
 
 
 def shifted(images: Tensor, border: Tensor | float = 0.0) -> Tensor:
