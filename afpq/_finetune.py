@@ -6,6 +6,7 @@ among neighbouring codes from a few samples; here weights may go anywhere: this 
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -66,8 +67,9 @@ def finetune(
     """Trains a network whose weights are in the formats of a plan, and packs what comes out.
 
     The network starts as `afpq.torch.quantize` packs it under the plan, compensated and corrected. Weights, scales and
-    biases of the packed layers are trained, by Adam with a rate that falls like a cosine; batch norm is folded.
-    Activations are float32 meanwhile, which `a16` comes close to; with static `a8` formats compare the result.
+    biases of the packed layers are trained, by Adam with a rate that falls like a cosine; batch norm is folded. That
+    happens on the device of the module; what comes back runs on the processor. Activations are float32 meanwhile, which
+    `a16` comes close to; with static `a8` formats compare the result.
 
     Args:
         module: the float network, which is not changed.
@@ -103,12 +105,16 @@ def finetune(
     with exported(module, first, None, options.get("samples")) as source:
         feeds = source.samples.for_afpq()
         start = quantize_model(source.model, plan=plan, data=feeds, chain=False, **options)
-        student = _Student(source, start)
-        measure = _Measure(source, loss)
+        device = _device_of(module)
+        student = _Student(source, start).to(device)
+        source.module.to(device)
+        measure = _Measure(source, loss, device)
         judged = None if validation is None else read_samples(module, validation, None)
         batches = _batches(training, batch_size, seed)
         found = _train(student, measure, batches, judged, steps, rate, progress)
         student.load_state_dict(found)
+        student.cpu()
+        source.module.cpu()
         model = student.packed(source, start, options.get("activations", "a16"), steps)
         return pair_up(source, model)
 
@@ -212,9 +218,11 @@ class _Measure:
 
     source: Source
     loss: Loss | None
+    device: torch.device
 
     def __call__(self, student: _Student, batch: Batch) -> Tensor:
-        arguments, labels = batch
+        arguments = {name: value.to(self.device) for name, value in batch[0].items()}
+        labels = None if batch[1] is None else batch[1].to(self.device)
         got = student(**arguments)
         if self.loss is not None:
             return self.loss(got, labels)
@@ -225,7 +233,7 @@ class _Measure:
         return output_loss(objective, *outputs)
 
     def _objective(self, wanted: list[Tensor]) -> Objective:
-        return choose_objective(self.source.model, [[y.numpy() for y in wanted]], "auto")
+        return choose_objective(self.source.model, [[y.cpu().numpy() for y in wanted]], "auto")
 
 
 def _training(module: nn.Module, data: object) -> Samples:
@@ -247,6 +255,11 @@ def _kept(samples: Samples, limit: int) -> list[dict[str, Any]]:
         if seen >= limit:
             break
     return kept
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _floats(outputs: Any) -> list[Tensor]:

@@ -78,7 +78,8 @@ def _round_anywhere(x: Tensor, format: FloatFormat, seed: int | None) -> Tensor:
     size = x.abs()
     u = size.view(torch.int32)
     mask = (1 << dropped) - 1
-    steps = (size / step).clamp(max=2.0**22)
+    # A tensor: by a number, a GPU multiplies with its reciprocal, and that of a tiny step is infinite.
+    steps = (size / torch.full((), step, device=x.device)).clamp(max=2.0**22)
     if seed is None:
         high = u + (mask >> 1) + (((u >> dropped) ^ flip) & 1)
         steps = steps.round()
@@ -93,7 +94,7 @@ def _round_anywhere(x: Tensor, format: FloatFormat, seed: int | None) -> Tensor:
         steps = whole + (words.to(torch.int64) + part >= 2**31)
     normal = (high & ~mask).view(torch.float32)
     result = torch.where(size < limit, steps * step, normal)
-    result = torch.where(result > largest, torch.full_like(result, overflow), result)
+    result = torch.where(result > largest, overflow, result)
     return torch.where(x.isnan(), x, result.copysign(x))
 
 

@@ -33,8 +33,8 @@ class TrainedWeight(nn.Module):
     def scale(self) -> Tensor:
         """As it is stored; gradients pass through its rounding."""
         exact = self.start * self.log_scale.exp()
-        stored = round_scale(self.format, exact.detach().numpy(), self.kind)
-        return exact + (torch.from_numpy(stored) - exact).detach()
+        stored = round_scale(self.format, exact.detach().cpu().numpy(), self.kind)
+        return exact + (torch.from_numpy(stored).to(exact.device) - exact).detach()
 
     def forward(self, units: Tensor) -> Tensor:
         """The weight as it is stored, from the float weight in units of the scales that it started with."""

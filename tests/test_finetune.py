@@ -1,5 +1,6 @@
 """Fine-tuning: weights leave their codes, formats stay, and what is packed is what was trained."""
 
+import copy
 import doctest
 import math
 from collections.abc import Iterator
@@ -95,6 +96,30 @@ def test_fine_tuning_takes_a_loss_and_batches(classifier: nn.Module) -> None:
 
     finetune(classifier, plan, batches, loss=loss, steps=12, mode="quick")
     assert seen == [64] * 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_fine_tuning_runs_where_the_module_is(classifier: nn.Module) -> None:
+    x, y = blobs(2000, 0)
+    plan = afpq.torch.quantize(
+        classifier, x[:200], overrides={"*": "e0m1"}, mode="quick"
+    ).model.plan
+    places, nets = set(), (classifier, copy.deepcopy(classifier).cuda())
+
+    def loss(outputs: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None and labels.device == outputs.device
+        places.add(outputs.device.type)
+        return nn.functional.cross_entropy(outputs, labels)
+
+    start = afpq.torch.quantize(classifier, x[:200], plan=plan, mode="quick")
+    before = divergence(classifier, start.module)
+    for net in nets:
+        for given in (None, loss):
+            tuned = finetune(net, plan, (x, y), loss=given, steps=200, rate=1e-2, mode="quick")
+            assert divergence(classifier, tuned.module) < 0.8 * before
+            assert {p.device.type for p in tuned.module.parameters()} <= {"cpu"}
+    assert places == {"cpu", "cuda"}
+    assert {p.device.type for p in nets[1].parameters()} == {"cuda"}  # which is not changed
 
 
 def test_validation_never_returns_worse_than_the_start(classifier: nn.Module) -> None:

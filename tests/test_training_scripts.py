@@ -129,16 +129,23 @@ def test_a_gpu_takes_what_has_no_rounded_sums(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_tables_compare_with_float32_of_the_same_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"machine": "M", "isa": "scalar", "torch": "2", "commit": "c0ffee"}
     cases = [runs.Case("mnist", "float32", Recipe()), runs.Case("mnist", "other", Recipe())]
     found = {
-        f"mnist/{name}/3 epochs/seed {seed}": {"value": value, "skipped": seed}
+        f"mnist/{name}/3 epochs/seed {seed}": {"value": value, "skipped": seed, **place}
         for name, values in {"float32": (99.0, 98.0), "other": (97.0, 98.0)}.items()
         for seed, value in enumerate(values)
     }
     monkeypatch.delenv("AFPQ_TRAINING_DATA", raising=False)
+    found["mnist/other/3 epochs/seed 1"]["gpu"] = "G"
     lines = runs.table({"runs": found}, cases, Namespace(epochs=None)).splitlines()
     assert lines[2] == "| mnist | 3 | float32 | 2 | 98.50 top-1 % | 0.71 | +0.00 | 1 |"
     assert lines[3] == "| mnist | 3 | other | 2 | 97.50 top-1 % | 0.71 | -1.00 | 1 |"
+    ran = [
+        "Ran on M and G, scalar, torch 2, commit c0ffee.",
+        "Ran on M, scalar, torch 2, commit c0ffee.",
+    ]
+    assert lines[4:] == ["", *ran]
 
 
 @pytest.mark.parametrize("name", NAMES)

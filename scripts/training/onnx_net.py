@@ -45,6 +45,10 @@ class OnnxNet(nn.Module):
                 raise ValueError(f"{path}: {node.op_type} of {name!r} is not known here")
         self.eval()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnnxNet":
+        self._values = {name: fn(value) for name, value in self._values.items()}
+        return super()._apply(fn, recurse)
+
     def forward(self, images: Tensor) -> Tensor:
         values = {**self._values, self._input: images}
         for node in self._nodes:
@@ -63,7 +67,7 @@ class OnnxNet(nn.Module):
 
         def add_norm(conv: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> None:
             variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
-            norm = nn.BatchNorm2d(len(mean)).eval()
+            norm = nn.BatchNorm2d(len(mean)).eval().to(y.device)
             for to, value in (
                 (norm.running_mean, mean),
                 (norm.running_var, variance),

@@ -13,7 +13,7 @@ import afpq.train
 from afpq.train import FloatFormat, Operands, Recipe, Rounding
 
 from .onnx_net import OnnxNet
-from .tasks import BLACK, DATA, cifar, shifted
+from .tasks import BLACK, DATA, cifar, device_of, shifted
 
 MODELS = DATA.parent / "models"
 RESNET20 = MODELS / "cifar10" / "resnet20-bn.onnx"
@@ -53,6 +53,11 @@ def _photographs(part: str) -> tuple[Tensor, Tensor]:
     data = afpq.open_data(DATA / "imagenet" / part, inputs, preprocess="imagenet-torchvision")
     images = np.concatenate([feed[data.names[0]] for feed in data.batches()])
     return torch.from_numpy(images), torch.from_numpy(data.labels)
+
+
+def _on(device: torch.device, case: _Case) -> _Case:
+    tensors = (t.to(device) for t in (case.training, case.images, case.labels))
+    return _Case(case.net.to(device), *tensors)
 
 
 NETWORKS: dict[str, tuple[Callable[[], bool], Callable[[], _Case]]] = {
@@ -110,7 +115,7 @@ def rows(name: str) -> list[str]:
     available, make = NETWORKS[name]
     if not available():
         return [f"| {name} | (no trained network at hand) | | | |"]
-    case = make()
+    case = _on(device_of(Recipe()), make())
     reference = _logits(case.net, case.images)
     exact = _outputs(case.net, case.training[:_BATCH])
     lines = []

@@ -4,9 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from afpq import _core
 from afpq.train import Recipe
+from speed.machine import facts
 
 from .tasks import DATA, TASKS, Outcome, device_of
 
@@ -42,22 +40,12 @@ def _run(case: Case, seed: int, epochs: int) -> tuple[Outcome, float]:
     return outcome, time.perf_counter() - begin
 
 
-def machine() -> dict[str, str]:
+def _about(case: Case) -> dict[str, object]:
     """What a result depends on besides its recipe."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "isa": _core.kernels.active_isa(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
+    device = device_of(case.recipe)
+    on_gpu = device.type == "cuda"
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if on_gpu else {}
+    return {**facts(), "torch": torch.__version__, **gpu}
 
 
 def read_results() -> dict:
@@ -107,28 +95,28 @@ def run_cases(cases: Sequence[Case], chosen: argparse.Namespace) -> dict:
             key = _key(case, seed, chosen.epochs or task.epochs)
             if chosen.again or key not in results["runs"]:
                 missing.append((key, case, seed, chosen.epochs or task.epochs))
-    facts = machine()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, chosen.jobs), context) as pool:
         running = {
-            pool.submit(_run, case, seed, epochs): (key, str(device_of(case.recipe)))
+            pool.submit(_run, case, seed, epochs): (key, _about(case))
             for key, case, seed, epochs in missing
         }
         for done in as_completed(running):
             outcome, seconds = done.result()
-            key, device = running[done]
+            key, about = running[done]
             print(f"{key}: {outcome} in {seconds:.0f} s", file=sys.stderr, flush=True)
             results = read_results()  # another script may have written
-            about = {"seconds": round(seconds, 1), "device": device, **facts}
-            results["runs"][key] = {**asdict(outcome), **about}
+            results["runs"][key] = {**asdict(outcome), "seconds": round(seconds, 1), **about}
             write_results(results)
     return results
 
 
 def table(results: dict, cases: Sequence[Case], chosen: argparse.Namespace) -> str:
-    """Mean, deviation of a run and distance to float32 (with the same seeds) of every case that has runs."""
+    """Mean, deviation of a run and distance to float32 (with the same seeds) of every case that has runs; below it what
+    they ran on."""
     lines = ["| task | epochs | recipe | runs | result | spread | against float32 | skipped |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
+    places = set()
     for case in cases:
         task = TASKS[case.task]
         epochs = chosen.epochs or task.epochs
@@ -140,6 +128,7 @@ def table(results: dict, cases: Sequence[Case], chosen: argparse.Namespace) -> s
         runs, base = found(case.name), found("float32")
         if not runs:
             continue
+        places |= {_place(run) for run in runs.values()}
         values = [r["value"] for r in runs.values()]
         digits = 2 if task.higher_is_better else 3
         spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -150,7 +139,14 @@ def table(results: dict, cases: Sequence[Case], chosen: argparse.Namespace) -> s
             f"{statistics.fmean(values):.{digits}f} {task.unit} | {spread} | {gap} | "
             f"{sum(r['skipped'] for r in runs.values())} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *sorted(places)])
+
+
+def _place(run: dict) -> str:
+    gpu = f" and {run['gpu']}" if "gpu" in run else ""
+    return (
+        f"Ran on {run['machine']}{gpu}, {run['isa']}, torch {run['torch']}, commit {run['commit']}."
+    )
 
 
 def write_section(key: str, title: str, text: str) -> None:
