@@ -1,6 +1,8 @@
-"""Lets convolutions pass bytes to each other: tensors with a static format are stored in it, channels last.
+"""Lets convolutions add residuals, and pass bytes to each other: tensors with a static format are stored in it,
+channels last.
 
-A tensor becomes bytes if what makes it can write them and all that reads it can read them:
+A residual of floats is added as the Add did, to the last bit. A tensor becomes bytes if what makes it can write them
+and all that reads it can read them:
 
     writes   Conv; Conv behind which a residual of bytes is added; MaxPool and Concat of bytes
     reads    Conv with this static format; the Add of a residual, which becomes part of the Conv before it; MaxPool and
@@ -19,7 +21,7 @@ from afpq._clip import Clip, clip_fields, find_clip
 from afpq._fold import Constants, attribute
 from afpq._shapes import same_shape
 
-__all__ = ["Residual", "channels_first", "find_residuals", "pass_bytes"]
+__all__ = ["Residual", "add_residuals", "channels_first", "find_residuals", "pass_bytes"]
 
 _POOL_FIELDS = ("kernel_shape", "strides", "pads", "dilations", "auto_pad", "ceil_mode")
 
@@ -40,8 +42,12 @@ class Residual:
         return value
 
     @property
+    def nodes(self) -> list[ir.Node]:
+        return [self.conv, self.add, *([] if self.clip is None else [self.clip.node])]
+
+    @property
     def end(self) -> ir.Value:
-        return (self.add if self.clip is None else self.clip.node).outputs[0]
+        return self.nodes[-1].outputs[0]
 
 
 def find_residuals(graph: ir.Graph, convs: Set[str]) -> Iterator[Residual]:
@@ -67,6 +73,13 @@ def find_residuals(graph: ir.Graph, convs: Set[str]) -> Iterator[Residual]:
             residual = Residual(add, conv, position, find_clip(graph, constants, add.outputs[0]))
             if residual.other.producer() in order and same_shape(conv.outputs[0], residual.other):
                 yield residual
+
+
+def add_residuals(graph: ir.Graph) -> None:
+    """Gives residuals of floats to the convolutions before them, with the clip behind. Nodes are as in `pass_bytes`."""
+    convs = {n.outputs[0].name or "" for n in graph if _is_conv(n) and _has_open_end(n)}
+    for residual in list(find_residuals(graph, convs)):
+        _replace(graph, residual.nodes, _with_residual(residual, {}))
 
 
 def pass_bytes(graph: ir.Graph, entries: Mapping[str, ActivationEntry], integer: Set[str]) -> int:
@@ -105,7 +118,7 @@ class _Chain:
         self._given = entries
         self._integer = integer
         convs = [node for node in graph if _is_conv(node)]
-        hosts = {n.outputs[0].name or "" for n in convs if _takes_residual(n, integer)}
+        hosts = {n.outputs[0].name or "" for n in convs if n.name in integer and _has_open_end(n)}
         found = list(find_residuals(graph, hosts))
         self._adds = {residual.add: residual for residual in found}
         self._ends = {residual.end: residual for residual in found}
@@ -205,41 +218,51 @@ class _Chain:
         node.attributes["output_scale"] = ir.AttrFloat32("output_scale", entry.scale)
 
     def _fuse(self, residual: Residual) -> None:
-        """The convolution moves to where the Add is, and takes its residual and its clip."""
-        conv, entry = residual.conv, self._entries[residual.other]
-        inputs = [*conv.inputs, *[None] * (4 - len(conv.inputs)), residual.other]
-        fields = dict(conv.attributes)
-        for name, value in clip_fields(residual.clip).items():
-            fields[name] = ir.AttrFloat32(name, value)
-        fields["residual_format"] = ir.AttrString("residual_format", str(entry.format))
-        fields["residual_scale"] = ir.AttrFloat32("residual_scale", entry.scale)
-        new = ir.Node("afpq", "Conv", inputs, list(fields.values()), name=conv.name)
-        old = [conv, residual.add]
-        if residual.clip is not None:
-            old.append(residual.clip.node)
+        entry = self._entries[residual.other]
         written = self._entries.get(residual.end)
-        self._replace(old, new)
+        new = _with_residual(
+            residual, {"residual_format": str(entry.format), "residual_scale": entry.scale}
+        )
+        self._replace(residual.nodes, new)
         if written is not None:
             self._write_bytes(new, written)
 
     def _replace(self, old: list[ir.Node], new: ir.Node) -> None:
-        """Puts a node behind those that it replaces; its output keeps the name of theirs."""
-        before, after = old[-1].outputs[0], new.outputs[0]
-        after.name, after.type, after.shape = before.name, before.type, before.shape
-        before.replace_all_uses_with(after, replace_graph_outputs=True)
-        if before in self._entries:
-            self._entries[after] = self._entries.pop(before)
-        self._graph.insert_after(old[-1], new)
-        for node in reversed(old):
-            self._graph.remove(node, safe=True)
+        entry = self._entries.pop(old[-1].outputs[0], None)
+        _replace(self._graph, old, new)
+        if entry is not None:
+            self._entries[new.outputs[0]] = entry
+
+
+def _with_residual(residual: Residual, fields: Mapping[str, str | float]) -> ir.Node:
+    """The convolution, to be where the Add is, with its residual and its clip."""
+    conv = residual.conv
+    inputs = [*conv.inputs, *[None] * (4 - len(conv.inputs)), residual.other]
+    new = ir.Node("afpq", "Conv", inputs, list(conv.attributes.values()), name=conv.name)
+    for name, value in {**clip_fields(residual.clip), **fields}.items():
+        new.attributes[name] = (
+            ir.AttrString(name, value) if isinstance(value, str) else ir.AttrFloat32(name, value)
+        )
+    return new
+
+
+def _replace(graph: ir.Graph, old: list[ir.Node], new: ir.Node) -> None:
+    """Puts a node behind those that it replaces; its output keeps the name of theirs."""
+    before, after = old[-1].outputs[0], new.outputs[0]
+    after.name, after.type, after.shape = before.name, before.type, before.shape
+    before.replace_all_uses_with(after, replace_graph_outputs=True)
+    graph.insert_after(old[-1], new)
+    for node in reversed(old):
+        graph.remove(node, safe=True)
 
 
 def _is_conv(node: ir.Node) -> bool:
     return node.domain == "afpq" and node.op_type == "Conv"
 
 
-def _takes_residual(node: ir.Node, integer: Set[str]) -> bool:
-    return node.name in integer and not {"clip_min", "clip_max"} & set(node.attributes)
+def _has_open_end(node: ir.Node) -> bool:
+    """Whether something may be added to what a convolution makes."""
+    return len(node.inputs) < 5 and not {"clip_min", "clip_max"} & set(node.attributes)
 
 
 def _is_pool(node: ir.Node) -> bool:

@@ -76,6 +76,7 @@ def conv(
     activation_scale: float = 0.0,
     sums: npt.NDArray[np.int32] | None = None,
     out: npt.NDArray[np.float32] | None = None,
+    residual: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32] | None: ...
 def gather(
     threads: int,

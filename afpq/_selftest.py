@@ -134,6 +134,7 @@ def _ends(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         yield _into("store_f32", np.float32, (64 * 64,), *args)
         counted = (sums, columns, zeros, scales, *args[1:])
         yield _into("finish_f32_s32", np.float32, (64 * 64,), *counted)
+    yield _into("add_clamp_f32", np.float32, src.shape, src, _CHANNELS, _LOW, _HIGH)
     residual = rng.integers(0, 256, (_ROWS, _CHANNELS), np.uint8)
     for text in ("ue1m7", "e2m4"):
         end = (residual, 128, 0.0390625, _LOW, _HIGH, text, np.float32(0.0390625))

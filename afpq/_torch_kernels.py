@@ -40,7 +40,7 @@ def column_sums(
     groups: int = 1,
     static: bool = False,
 ) -> Tensor:
-    """The sums of I over k that zero points of activations are multiplied by: int32 [planes, segments * padded n + 1].
+    """The sums of I over k that zero points of activations are multiplied by: int32 [planes, segments * padded n + 2].
 
     Empty where nothing is rounded to integers. `kernel` and `groups` are those of a convolution; `static` says that
     its input has a static format.

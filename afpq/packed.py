@@ -68,7 +68,7 @@ class PackedLayer:
     activation_scale: float | None = None
     output_format: AfpFormat | None = None  # the output is bytes, I + zero, of this format
     output_scale: float | None = None
-    adds_residual: bool = False  # of bytes, before the output is clipped
+    adds_residual: bool = False  # before the output is clipped
 
     @property
     def kind(self) -> str:
@@ -344,7 +344,7 @@ def _layer(path: Path, node: ir.Node) -> PackedLayer:
         activation_scale=activation[1],
         output_format=output[0],
         output_scale=output[1],
-        adds_residual="residual_format" in attributes,
+        adds_residual=len(node.inputs) > 4 and node.inputs[4] is not None,
     )
 
 

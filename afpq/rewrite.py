@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from afpq import __version__
 from afpq._activation_entry import ActivationEntry
-from afpq._chain import pass_bytes
+from afpq._chain import add_residuals, pass_bytes
 from afpq._emit import DOMAIN, Emitter, pack_scale
 from afpq._fold import set_constants
 from afpq._shapes import with_shapes
@@ -61,8 +61,8 @@ def rewrite(
     """The packed model; layers whose weight_name is not in `tensors` stay float. `model` is not changed.
 
     `biases` ([n] by layer name) replace the layers' own, `constants` other initializers of the same shape, by name.
-    With `activations` a8, the plan's static activation formats are written, and with `chain` convolutions pass
-    tensors to each other in them. The same arguments give the same bytes.
+    With `activations` a8, the plan's static activation formats are written. With `chain` convolutions add residuals,
+    and pass tensors to each other in these formats. The same arguments give the same bytes.
 
     Raises:
         PlanError: a name, a shape or the activation mode does not exist.
@@ -72,16 +72,18 @@ def rewrite(
     clone = model.ir.clone()
     set_constants(clone.graph, constants or {})
     static = {e.tensor: e for e in plan.activations or ()} if activations == "a8" else {}
-    chained = chain and bool(static)
-    if chained:
+    chain = chain and any(layer.kind == "conv" for layer in model.layers)
+    if chain:
         clone = with_shapes(clone)
     emitter = Emitter(clone.graph, tensors, activations, static)
     for layer in model.layers:
         if layer.weight_name in tensors:
             emitter.replace(layer, biases.get(layer.name))
     emitter.finish()
-    if chained:
-        pass_bytes(clone.graph, static, _multiplying_bytes(model, tensors))
+    if chain:
+        if static:
+            pass_bytes(clone.graph, static, _multiplying_bytes(model, tensors))
+        add_residuals(clone.graph)
     _strip(clone)
     clone.graph.opset_imports[DOMAIN] = OPSET_VERSION
     clone.metadata_props.update(

@@ -166,6 +166,54 @@ def test_a_broadcast_is_no_residual(tmp_path: Path) -> None:
     built.assert_same()
 
 
+def plain_and_chained(folder: Path, nodes: Any, constants: Any, **options: Any) -> list[Any]:
+    """The operators of a network without calibration data, whose results equal those without chaining."""
+    shape = ["N", CHANNELS, 12, 10]
+    source = graphs.write(folder, graphs.build(nodes, {"x": shape}, constants))
+    x = np.random.default_rng(0).standard_normal((3, *shape[1:])).astype(np.float32)
+    found = []
+    for chain in (True, False):
+        path = folder / f"chain_{chain}.onnx"
+        afpq.quantize(source, chain=chain, **options).save(path)
+        found.append(afpq.load(path).session(threads=1).run(None, {"x": x})[0])
+    np.testing.assert_array_equal(*found)
+    assert all(finding.passed for finding in verify(folder / "chain_True.onnx"))
+    return list(onnx.load(folder / "chain_True.onnx").graph.node)
+
+
+@pytest.mark.parametrize("activations", ["a16", "a8", "f32"])
+@pytest.mark.parametrize("group", [1, CHANNELS])
+def test_residuals_of_floats_change_no_bit(tmp_path: Path, activations: str, group: int) -> None:
+    clip = graphs.node("Clip", "t zero six", "t0")
+    bounds = {"zero": np.float32(-0.5), "six": np.float32(1.25)}
+    nodes, constants = network(
+        conv("x", "b"), graphs.node("Sigmoid", "b", "b0"), conv("b0", "c", group=group),
+        graphs.node("Add", "b0 c", "s"), relu("s", "s0"), conv("s0", "d"), conv("s0", "e"),
+        graphs.node("Add", "d e", "t"), (clip, bounds), conv("t0", "f"), graphs.node("Add", "f t0", "y"),
+    )  # fmt: skip
+    found = plain_and_chained(tmp_path, nodes, constants, activations=activations)
+
+    assert [n.op_type for n in found] == ["Conv", "Sigmoid", "Conv", "Conv", "Conv", "Conv"]
+    fields = [{a.name: a.f for a in n.attribute if a.name.startswith("clip")} for n in found]
+    assert [list(n.input)[3:] for n in found[2:]] == [["", "b0"], [], ["", "d"], ["", "t0"]]
+    assert fields[2:] == [{"clip_min": 0.0}, {}, {"clip_min": -0.5, "clip_max": 1.25}, {}]
+    exported = tmp_path / "float.onnx"
+    export(tmp_path / "chain_True.onnx", to="float").save(exported)
+    assert [n.op_type for n in onnx.load(exported).graph.node].count("Add") == 3
+
+
+def test_what_is_no_residual_stays_an_add(tmp_path: Path) -> None:
+    """Behind a clip, broadcast, of a tensor that others read too, of one that is the network's output."""
+    pool = graphs.node("GlobalMaxPool", "b", "p")
+    nodes, constants = network(
+        conv("x", "a"), relu("a", "a0"), graphs.node("Add", "a0 x", "b"), pool, conv("b", "c"),
+        graphs.node("Add", "c p", "d"), conv("d", "e"), graphs.node("Add", "e d", "f"), graphs.node("Mul", "e f", "y"),
+    )  # fmt: skip
+    found = [n.op_type for n in plain_and_chained(tmp_path, nodes, constants)]
+
+    assert found == ["Conv", "Add", "GlobalMaxPool", "Conv", "Add", "Conv", "Add", "Mul"]
+
+
 def test_without_calibration_data_nothing_is_passed(tmp_path: Path) -> None:
     nodes, constants = network(conv("x", "a"), relu("a", "a0"), conv("a0", "y"))
     model = graphs.build(nodes, {"x": ["N", CHANNELS, 12, 10]}, constants)

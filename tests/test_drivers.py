@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from kernel_arrays import INF, clamp
 
 from afpq import _core
 from afpq.formats import AfpFormat, codebook, decode, encode, fake_quantize, round_scale
 from afpq.packing import pack
 
 FORMATS = ["e0m1", "e2m1", "e2m2", "e0m5", "e2m4", "e0m7", "e3m1", "e3m3", "e2m5", "e4m1", "e5m2"]
-INF = float("inf")
 
 
 def quantized(rng, n, k, fmt, groups=1):
@@ -114,6 +114,55 @@ def test_sums_that_do_not_fit_words_have_the_same_bits_too(text, activations):
         rows, weight = rounded_rows(x, PLANES[activations]), codebook(fmt)[codes]
         bound = (k + 4) * 2.0**-24 * (np.abs(rows) @ np.abs(weight).T)
         assert (np.abs(first - rows @ weight.T) <= bound).all()
+
+
+def whole_rows(rng, m, k):
+    """Numbers that a16 keeps as they are, with the scale 1."""
+    x = rng.integers(0, 65536, (m, k)).astype(np.float32)
+    x[:, 0], x[0] = 65535, 65535
+    return x
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 60])
+@pytest.mark.parametrize("last", [7, 8])
+def test_a16_rounds_sums_of_pairs_once_where_they_fit_int32(m, last):
+    """Up to 32767 of one sign in every channel: the greatest sum is 65535 * 32767."""
+    fmt, n, k = AfpFormat(2, 5), 70, 132
+    rng = np.random.default_rng(14)
+    integers = rng.choice(codebook(fmt)[:128], (n, k)) * rng.choice([-1, 1], (n, k))
+    integers[3] = [252] * 130 + [last, -1]
+    fits = max(integers.clip(0).sum(1).max(), -integers.clip(None, 0).sum(1).min()) <= 32767
+    assert fits == (last == 7)
+    data = pack(encode(integers, fmt, np.float32(1)), fmt.bits)
+    x = whole_rows(rng, m, k)
+    found = [
+        run_matmul(isa, x, data, fmt, n, k, np.ones(n, np.float32), activations="a16")
+        for isa in _core.kernels.isa_names()
+    ]
+    exact = x.astype(np.int64) @ integers.astype(np.int64).T
+    for y in found:
+        np.testing.assert_array_equal(y, found[0])
+        assert (np.abs(y - exact) <= np.abs(exact) * 2.0**-22 + 2.0**8).all()
+    assert (found[0] == exact.astype(np.float32)).all() == fits
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_every_group_of_pairs_has_its_own_sum(isa, group_size):
+    """What one sum cannot hold, those of groups may: then each is rounded once, and added to what was there."""
+    fmt, n, k = AfpFormat(3, 3), 20, 96
+    rng = np.random.default_rng(15)
+    integers = codebook(fmt)[rng.integers(0, 64, (n, k))]
+    x = whole_rows(rng, 5, k)
+    scale = np.ones((3, n) if group_size else n, np.float32)
+    data = pack(encode(integers, fmt, np.float32(1)), fmt.bits)
+    y = run_matmul(isa, x, data, fmt, n, k, scale, activations="a16", group_size=group_size)
+    terms = x.astype(np.int64)[:, None] * integers.astype(np.int64)
+    if group_size:
+        expected = np.zeros((5, n), np.float32)
+        for part in np.split(terms, 3, axis=2):
+            expected = part.sum(2).astype(np.float32) + expected
+        np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(y, terms.sum(2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
@@ -309,6 +358,32 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
             assert (np.abs(y - np.minimum(exact, 3.0)) <= bound).all()
             first = y if first is None else first
             np.testing.assert_array_equal(y, first)
+
+
+@pytest.mark.parametrize(
+    ("text", "activations"),
+    [("e2m2", "f32"), ("e2m2", "a8"), ("e2m2", "a16"), ("e3m3", "a16"), ("e4m1", "a8")],
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_residual_is_added_as_an_operator_behind_would(isa, shape, text, activations):
+    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
+    rng = np.random.default_rng(13)
+    fmt, k = AfpFormat.parse(text), int(np.prod(kernel)) * channels // groups
+    data, scale, _, _ = quantized(rng, n, k, fmt)
+    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    residual = rng.standard_normal((2, n, *out)).astype(np.float32)
+    residual[1, -1, -1, -1, -1] = np.nan
+
+    def run(threads, low, high, residual):
+        return _core.conv(
+            isa, threads, x, data, text, n, k, scale, bias, activations, low, high,
+            groups, kernel, strides, dilations, pads, out, residual=residual,
+        )  # fmt: skip
+
+    expected = clamp(run(1, -INF, INF, None) + residual, 0.0, 2.0)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(run(threads, 0.0, 2.0, residual), expected)
 
 
 @pytest.mark.parametrize(("activation_format", "scale"), STATIC)

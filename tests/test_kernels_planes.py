@@ -123,6 +123,20 @@ def test_planar_is_one_chain_of_taps_that_are_0_outside(
             assert (dst[..., columns:] == 7).all()
 
 
+def test_residuals_are_added_then_clamped(isa: str) -> None:
+    for count in range(1, 71):
+        rng = np.random.default_rng(count)
+        channels, stride = 1 + count % 5, count + count % 3
+        src, before = floats(rng, channels, stride), floats(rng, channels, stride)
+        src[0, 0], before[-1, count - 1] = np.nan, -np.inf
+        low, high = [(-INF, INF), (0.0, 1.0)][count % 2]
+        with output((channels, stride), np.float32, before) as dst:
+            kernels.add_clamp_f32(isa, guarded(src), count, low, high, dst)
+            expected = before.copy()
+            expected[:, :count] = clamp((before + src)[:, :count], low, high)
+            assert_same_bits(dst, expected, count)
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 @pytest.mark.parametrize("num_rows", [1, 2, 3])
 def test_pick_takes_every_step_th_element(isa: str, num_rows: int, step: int) -> None:

@@ -75,12 +75,13 @@ afpq::PackedWeight weight_of(const AfpqKernels& kernels, const std::string& form
   if (!needs_sums || !sums) return weight;
   const size_t width = weight.segments.size() * weight.num_blocks * kTileN;
   const size_t planes = static_cast<size_t>(parsed.num_planes());
-  if (sums->shape(0) != planes || sums->shape(1) != width + 1)
+  if (sums->shape(0) != planes || sums->shape(1) != width + 2)
     throw std::invalid_argument("sums do not fit the weight");
   for (size_t plane = 0; plane < planes; ++plane) {
-    const int32_t* row = sums->data() + plane * (width + 1);
+    const int32_t* row = sums->data() + plane * (width + 2);
     weight.column_sums[plane].assign(row, row + width);
     weight.sides[plane] = row[width];
+    weight.joined_side = row[width + 1];
   }
   use_sums(kernels, &weight);
   return weight;
@@ -141,7 +142,8 @@ std::optional<Result> run_conv(const std::string& isa, size_t threads, Floats x,
                                std::vector<size_t> strides, std::vector<size_t> dilations,
                                std::vector<size_t> pads, std::vector<size_t> extent,
                                const std::string& activation_format, float activation_scale,
-                               std::optional<Sums> sums, std::optional<Out> out) {
+                               std::optional<Sums> sums, std::optional<Out> out,
+                               std::optional<Floats> residual) {
   if (x.ndim() != 5)
     throw std::invalid_argument("x must be [batch, channels, depth, height, width]");
   afpq::ConvShape shape;
@@ -166,10 +168,13 @@ std::optional<Result> run_conv(const std::string& isa, size_t threads, Floats x,
   const afpq::PackedWeight weight =
       weight_of(kernels, format, data, n, k, scales, 0, multiple, needs_sums, sums);
   Destination result = destination({x.shape(0), n, extent[0], extent[1], extent[2]}, out);
+  if (residual && residual->size() != x.shape(0) * n * shape.num_out())
+    throw std::invalid_argument("residual does not fit the result");
   afpq::Threads pool(threads);
   const afpq::Conv op{&kernels, &weight, rounding, bias_of(bias, n), low, high, {}, {}};
   const afpq::ConvSource source{x.data(), nullptr};
-  const afpq::ConvTarget target{result.data, nullptr, nullptr};
+  const afpq::ConvTarget target{result.data, nullptr, nullptr,
+                                residual ? residual->data() : nullptr};
   const size_t batch = x.shape(0);
   {
     nb::gil_scoped_release release;
@@ -203,9 +208,9 @@ std::optional<Result> run_unpack(Bytes data, const std::string& format, size_t n
   return std::move(result.made);
 }
 
-// [planes, segments * padded n + 1]: what zero points are multiplied by, and last the largest sum
-// of weights of one sign. `multiple` is the number of tiles of a convolution's tap where those are
-// whole, else 1.
+// [planes, segments * padded n + 2]: what zero points are multiplied by, and last the largest sums
+// of numbers of one sign: of the plane, and of a pair. `multiple` is the number of tiles of a
+// convolution's tap where those are whole, else 1.
 nb::ndarray<nb::numpy, int32_t> run_column_sums(const std::string& isa, Bytes data,
                                                 const std::string& format, size_t n, size_t k,
                                                 size_t group_size, size_t multiple) {
@@ -215,14 +220,15 @@ nb::ndarray<nb::numpy, int32_t> run_column_sums(const std::string& isa, Bytes da
       table(isa), format, data, n, k, Floats(ones.data(), 1, one), group_size, multiple, true);
   const size_t planes = static_cast<size_t>(weight.format.num_planes());
   const size_t width = weight.segments.size() * weight.num_blocks * kTileN;
-  int32_t* sums = new int32_t[planes * (width + 1)];
+  int32_t* sums = new int32_t[planes * (width + 2)];
   nb::capsule owner(sums, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
   for (size_t plane = 0; plane < planes; ++plane) {
-    int32_t* row = sums + plane * (width + 1);
+    int32_t* row = sums + plane * (width + 2);
     std::copy(weight.column_sums[plane].begin(), weight.column_sums[plane].end(), row);
     row[width] = weight.sides[plane];
+    row[width + 1] = weight.joined_side;
   }
-  const size_t shape[] = {planes, width + 1};
+  const size_t shape[] = {planes, width + 2};
   return {sums, 2, shape, owner};
 }
 
@@ -248,7 +254,7 @@ void bind_drivers(nb::module_& module) {
              "scales"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a, "groups"_a,
              "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "extent"_a,
              "activation_format"_a = "", "activation_scale"_a = 0.0f, "sums"_a = nb::none(),
-             "out"_a = nb::none());
+             "out"_a = nb::none(), "residual"_a = nb::none());
   module.def("conv_is_planar", &ask<afpq::conv_is_planar>, "channels_in"_a, "channels_out"_a,
              "groups"_a, "num_taps"_a);
   module.def("conv_is_depthwise", &ask<afpq::conv_is_depthwise>, "channels_in"_a, "channels_out"_a,

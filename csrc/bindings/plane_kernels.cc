@@ -94,6 +94,15 @@ void pick_f32(const std::string& isa, Array<const float, 2> src, size_t step, si
                          dst.data());
 }
 
+// src and dst: [num_channels, stride]
+void add_clamp_f32(const std::string& isa, Array<const float, 2> src, size_t count, float low,
+                   float high, Array<float, 2> dst) {
+  require(src.shape(0) == dst.shape(0) && src.shape(1) == dst.shape(1),
+          "src and dst must have one shape");
+  require(count <= dst.shape(1), "count is beyond a row");
+  table_of(isa).add_clamp_f32(src.data(), src.shape(1), src.shape(0), count, low, high, dst.data());
+}
+
 // src: [channels or 1, planes, src_rows, src_columns], taps: [num_taps, 3] of plane, row and
 // column, weights: [num_taps, 16], scales and bias: [num_channels], dst: [num_channels, num_rows,
 // dst_stride]
@@ -149,6 +158,7 @@ void bind_plane_kernels(nb::module_& m) {
         "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
   m.def("gemm_pixels_f32_u8_s8", gemm_pixels<uint8_t, int8_t, &K::gemm_pixels_f32_u8_s8>);
   m.def("gemm_pixels_f32_s16_s16", gemm_pixels<int16_t, int16_t, &K::gemm_pixels_f32_s16_s16>);
+  m.def("add_clamp_f32", add_clamp_f32);
   m.def("pick_f32", pick_f32);
   m.def("planar_f32", planar_f32);
 }

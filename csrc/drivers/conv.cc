@@ -63,7 +63,7 @@ void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t 
   const Products products =
       planar ? Products{} : products_of(*op.kernels, op.rounding.mode, *op.weight);
   if (floats && conv_fits_pixels(op, shape, products))
-    return conv_pixels(op, shape, products, src.floats, batch, dst.floats, parallel);
+    return conv_pixels(op, shape, products, src.floats, batch, dst, parallel);
   conv_rows(op, shape, src, batch, dst, parallel);
 }
 

@@ -68,7 +68,9 @@ struct ConvSource {
 struct ConvTarget {
   float* floats = nullptr;
   uint8_t* bytes = nullptr;
-  const uint8_t* residual = nullptr;  // added before the clamp: shaped like bytes, or null
+  // Added before the clamp: null, or shaped like bytes; or like floats, if that is what is written.
+  const uint8_t* residual = nullptr;
+  const float* float_residual = nullptr;
 };
 
 // Whether the integers of the activations are multiplied, which bytes and residuals need.

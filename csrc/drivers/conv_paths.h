@@ -27,9 +27,9 @@ void depthwise(const GemmJob& job, const ConvShape& shape, const Parallel& paral
 // and whether it takes this one.
 bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products);
 void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
-                 size_t batch, float* dst, const Parallel& parallel);
+                 size_t batch, const ConvTarget& dst, const Parallel& parallel);
 
-// The planar path; no residual.
+// The planar path; no residual of bytes.
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
                  const ConvTarget& dst, const Parallel& parallel);
 

@@ -257,14 +257,16 @@ GemmJob gemm_job(const Job& job, const ConvTarget& dst, size_t index, size_t gro
   result.byte_rows.stride = shape.channels_out;
   if (dst.residual) {
     const RowQuantizer residual = static_quantizer(job.op.residual_rounding);
-    result.residual = {dst.residual + begin + channel, residual.quantize.zero_point,
+    result.residual = {nullptr, dst.residual + begin + channel, residual.quantize.zero_point,
                        job.unit(residual.scale)};
   }
   if (dst.bytes) {
     result.byte_rows.bytes = dst.bytes + begin + channel;
     result.byte_rows.quantize = step_quantizer(job.op.dst_rounding);
   } else {
-    result.dst = dst.floats + begin + channel * shape.num_out();
+    const size_t at = begin + channel * shape.num_out();
+    result.dst = dst.floats + at;
+    if (dst.float_residual) result.residual.floats = dst.float_residual + at;
     result.row_stride = 1;
     result.channel_stride = shape.num_out();
   }

@@ -164,7 +164,7 @@ void finish(const GemmJob& job, const Panel& panel, size_t first, size_t count,
   if (finishes_at_once(job)) return finish_rows(job, panel, first, count, &work.sums);
   for (size_t i = 0; i < count; i += kBlockRows) {
     const size_t rows = std::min(kBlockRows, count - i);
-    const int32_t* sums = work.sums + i * kPanelN;
+    int32_t* sums = work.sums + i * kPanelN;
     combine_rows(job, panel, first + i, rows, 0, &sums, work.scaled);
     store_rows(job, panel, first + i, rows, work.scaled);
   }

@@ -343,8 +343,10 @@ Products products_of(const AfpqKernels& kernels, Activations mode, const PackedW
   const int planes = weight.format.num_planes();
   if (planes == 0 || mode == Activations::kF32) return {};
   const bool by_codes = rows <= static_cast<size_t>(kernels.code_rows) / static_cast<size_t>(mode);
+  const bool a16_words = mode == Activations::kA16 && kernels.a16_as_words && !by_codes;
+  if (a16_words && weight.fits_joined) return {Elements::kWords, 1, 1};
   if (weight.fits_words && !by_codes) {
-    if (mode == Activations::kA16 && kernels.a16_as_words) return {Elements::kWords, 1, planes};
+    if (a16_words) return {Elements::kWords, 1, planes};
     if (mode == Activations::kA8 && (planes == 2 || weight.limits[0] > kernels.a8_byte_limit))
       return {Elements::kWords, 1, 1};
   }

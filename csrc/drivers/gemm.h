@@ -63,9 +63,11 @@ struct LhsRows {
   size_t num_taps() const { return taps ? taps->num_taps() : 1; }
 };
 
-// What is added to a product before it is clamped: bytes of a static format, in rows like dst.
+// What is added to a product before it is clamped: bytes of a static format, in rows as wide as
+// those of byte_rows, or floats that lie like dst, in planes.
 struct Residual {
-  const uint8_t* bytes = nullptr;  // of the first channel of the job
+  const float* floats = nullptr;   // of the first channel of the job
+  const uint8_t* bytes = nullptr;  // the same
   int32_t zero = 0;
   float scale = 0;
 };

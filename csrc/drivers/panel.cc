@@ -1,24 +1,41 @@
 #include "drivers/panel.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace afpq {
 namespace {
 
 constexpr float kNoBias[kPanelN] = {};
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+size_t dst_at(const GemmJob& job, const Panel& panel, size_t first) {
+  return first * job.row_stride + panel.dst_channel * job.channel_stride;
+}
+
+// What is added later is clamped later.
 AfpqStore store_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
                    const float* src) {
+  const bool clamps = !job.residual.floats;
   return {src,
           job.row_scales + first,
           job.bias ? job.bias + panel.first_block * kTileN : kNoBias,
-          job.dst + first * job.row_stride + panel.dst_channel * job.channel_stride,
+          job.dst + dst_at(job, panel, first),
           count,
           panel.num_channels,
           job.row_stride,
           job.channel_stride,
-          job.low,
-          job.high};
+          clamps ? job.low : -kInfinity,
+          clamps ? job.high : kInfinity};
+}
+
+// A residual of floats, to what has been stored.
+void add_residual(const GemmJob& job, const Panel& panel, size_t first, size_t count) {
+  if (!job.residual.floats) return;
+  const size_t at = dst_at(job, panel, first);
+  job.kernels->add_clamp_f32(job.residual.floats + at, job.channel_stride, panel.num_channels,
+                             count, job.low, job.high, job.dst + at);
 }
 
 // To bytes, or with a residual in place.
@@ -42,12 +59,32 @@ AfpqStoreBytes store_bytes_of(const GemmJob& job, const Panel& panel, size_t fir
           job.high};
 }
 
+// Whether the planes of a16 and of a pair have one sum, as words have anyway.
+bool joins_planes(const GemmJob& job) {
+  const Products& products = job.products;
+  return products.elements == Elements::kBytes && products.lhs_planes == 2 &&
+         products.rhs_planes == 2 && job.weight->fits_joined;
+}
+
+void join_planes(const GemmJob& job, const Panel& panel, size_t count, int32_t* const* sums) {
+  if (!joins_planes(job)) return;
+  // Modulo 2^32, which only steps on the way leave. Row r is made of rows 2 r and 2 r + 1.
+  const auto* low = reinterpret_cast<const uint32_t*>(sums[0]);
+  const auto* high = reinterpret_cast<const uint32_t*>(sums[1]);
+  auto* dst = reinterpret_cast<uint32_t*>(sums[0]);
+  for (size_t r = 0; r < count; ++r, dst += kPanelN, low += 2 * kPanelN, high += 2 * kPanelN) {
+    for (size_t c = 0; c < panel.num_blocks * kTileN; ++c)
+      dst[c] = (high[c] << 16) + ((high[kPanelN + c] + low[c]) << 8) + low[kPanelN + c];
+  }
+}
+
 AfpqCombine combine_of(const GemmJob& job, const Panel& panel, size_t first, size_t count,
-                       size_t segment, const int32_t* const* sums) {
+                       size_t segment, int32_t* const* sums) {
   const PackedWeight& weight = *job.weight;
   const size_t sums_at = (segment * weight.num_blocks + panel.first_block) * kTileN;
-  const bool joined = weight.format.num_planes() > job.products.rhs_planes;
-  const int planes = job.products.rhs_planes;
+  const int lhs_planes = joins_planes(job) ? 1 : job.products.lhs_planes;
+  const int planes = joins_planes(job) ? 1 : job.products.rhs_planes;
+  const bool joined = weight.format.num_planes() > planes;
   const auto column_sums = [&](int q) {
     return (joined ? weight.joined_sums : weight.column_sums[q]).data() + sums_at;
   };
@@ -59,7 +96,7 @@ AfpqCombine combine_of(const GemmJob& job, const Panel& panel, size_t first, siz
           nullptr,
           count,
           panel.num_channels,
-          job.products.lhs_planes,
+          lhs_planes,
           planes,
           segment > 0};
 }
@@ -79,7 +116,8 @@ const float* scales_of(const GemmJob& job, const Panel& panel, size_t segment) {
 }
 
 void combine_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
-                  size_t segment, const int32_t* const* sums, float* scaled) {
+                  size_t segment, int32_t* const* sums, float* scaled) {
+  join_planes(job, panel, count, sums);
   AfpqCombine combine = combine_of(job, panel, first, count, segment, sums);
   combine.dst = scaled;
   job.kernels->combine_f32_s32(&combine);
@@ -91,12 +129,14 @@ bool finishes_at_once(const GemmJob& job) {
 }
 
 void finish_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
-                 const int32_t* const* sums) {
+                 int32_t* const* sums) {
+  join_planes(job, panel, count, sums);
   // Made in place: what has just been written in parts is slow to copy.
   if (!job.byte_rows.bytes) {
     const AfpqFinishFloats finish = {combine_of(job, panel, first, count, 0, sums),
                                      store_of(job, panel, first, count, nullptr)};
-    return job.kernels->finish_f32_s32(&finish);
+    job.kernels->finish_f32_s32(&finish);
+    return add_residual(job, panel, first, count);
   }
   const AfpqFinish finish = {combine_of(job, panel, first, count, 0, sums),
                              store_bytes_of(job, panel, first, count, nullptr)};
@@ -106,7 +146,8 @@ void finish_rows(const GemmJob& job, const Panel& panel, size_t first, size_t co
 void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count, float* scaled) {
   if (!job.byte_rows.bytes && !job.residual.bytes) {
     const AfpqStore store = store_of(job, panel, first, count, scaled);
-    return job.kernels->store_f32(&store);
+    job.kernels->store_f32(&store);
+    return add_residual(job, panel, first, count);
   }
   const AfpqStoreBytes bytes = store_bytes_of(job, panel, first, count, scaled);
   job.kernels->store_u8_f32(&bytes);

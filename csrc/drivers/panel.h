@@ -22,18 +22,18 @@ Panel panel_of(const GemmJob& job, size_t index);
 // The scales of a segment for the panel's channels.
 const float* scales_of(const GemmJob& job, const Panel& panel, size_t segment);
 
-// Integer sums of one segment, [count * lhs planes][kPanelN] for each plane of the weight, become
-// floats, [count][kPanelN]; those of later segments are added.
+// Integer sums of one segment, [count * lhs planes][kPanelN] for each plane of the weight, which
+// may be changed, become floats, [count][kPanelN]; those of later segments are added.
 void combine_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
-                  size_t segment, const int32_t* const* sums, float* scaled);
+                  size_t segment, int32_t* const* sums, float* scaled);
 
 // Whether sums can be finished at once: one segment, to bytes with one plane of lhs, or to floats
-// without a residual.
+// without a residual of bytes.
 bool finishes_at_once(const GemmJob& job);
 
 // Does it: combine_rows and store_rows.
 void finish_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count,
-                 const int32_t* const* sums);
+                 int32_t* const* sums);
 
 // Finishes rows [first, first + count) and writes them where the job says; `scaled` may be changed.
 void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t count, float* scaled);

@@ -11,6 +11,7 @@
 // A panel is as wide as stays in L1, and wide enough for outputs to be written in long runs.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
@@ -181,10 +182,17 @@ void expand_block(const Job& job, size_t block, uint8_t* dst) {
   }
 }
 
+// The planes that a sample becomes, and what is added to them, or null.
+struct Planes {
+  float* floats;
+  const float* residual;
+};
+
 // A panel times a block of channels. dst: the planes of the sample.
 void multiply(const Job& job, const RowQuantizer& quantizer, size_t strip, const uint8_t* panel,
-              size_t block, const uint8_t* rhs, float* dst) {
+              size_t block, const uint8_t* rhs, const Planes& dst) {
   static constexpr float kNoBias[kTileN] = {};
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const PackedWeight& weight = *job.op.weight;
   const size_t channel = block * kTileN;
   const bool joined = weight.format.num_planes() > job.products.rhs_planes;
@@ -205,14 +213,20 @@ void multiply(const Job& job, const RowQuantizer& quantizer, size_t strip, const
   args.scales = weight.scales.data() + channel;
   args.bias = job.op.bias ? job.op.bias + channel : kNoBias;
   args.row_scale = quantizer.scale;
-  args.low = job.op.low;
-  args.high = job.op.high;
-  args.dst = dst + channel * job.shape.num_out() + strip * job.pixels;
+  // What is added later is clamped later.
+  args.low = dst.residual ? -kInfinity : job.op.low;
+  args.high = dst.residual ? kInfinity : job.op.high;
+  const size_t at = channel * job.shape.num_out() + strip * job.pixels;
+  args.dst = dst.floats + at;
   args.channel_stride = job.shape.num_out();
   if (job.words()) {
     job.op.kernels->gemm_pixels_f32_s16_s16(&args);
   } else {
     job.op.kernels->gemm_pixels_f32_u8_s8(&args);
+  }
+  if (dst.residual) {
+    job.op.kernels->add_clamp_f32(dst.residual + at, args.channel_stride, args.num_channels,
+                                  args.num_pixels, job.op.low, job.op.high, args.dst);
   }
 }
 
@@ -225,8 +239,8 @@ void expand_all(const Job& job, uint8_t* dst, const Parallel& parallel) {
   });
 }
 
-void run_many_strips(const Job& job, const Source& source, const uint8_t* expanded, float* dst,
-                     const Parallel& parallel) {
+void run_many_strips(const Job& job, const Source& source, const uint8_t* expanded,
+                     const Planes& dst, const Parallel& parallel) {
   parallel_for(parallel, job.count, [&](size_t strip) {
     task_scratch().reset(Scratch::room<uint8_t>(job.panel_bytes));
     uint8_t* panel = task_scratch().take<uint8_t>(job.panel_bytes);
@@ -236,7 +250,7 @@ void run_many_strips(const Job& job, const Source& source, const uint8_t* expand
   });
 }
 
-void run_few_strips(const Job& job, const Source& source, uint8_t* panels, float* dst,
+void run_few_strips(const Job& job, const Source& source, uint8_t* panels, const Planes& dst,
                     const Parallel& parallel) {
   const size_t blocks = job.op.weight->num_blocks;
   parallel_for(parallel, job.count, [&](size_t strip) {
@@ -270,7 +284,7 @@ bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& pr
 }
 
 void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
-                 size_t batch, float* dst, const Parallel& parallel) {
+                 size_t batch, const ConvTarget& dst, const Parallel& parallel) {
   const Job job(op, shape, products);
   const bool many = job.count >= kManyStrips;
   const size_t weight_bytes = many ? op.weight->num_blocks * job.block_bytes : 0;
@@ -288,7 +302,9 @@ void conv_pixels(const Conv& op, const ConvShape& shape, const Products& product
     const RowQuantizer quantizer = sample_quantizer(op, shape, floats, parallel);
     if (job.taps) quantize_planes(job, quantizer, floats, planes, parallel);
     const Source source = {floats, planes, quantizer};
-    float* sample_dst = dst + i * shape.channels_out * shape.num_out();
+    const size_t at = i * shape.channels_out * shape.num_out();
+    const Planes sample_dst = {dst.floats + at,
+                               dst.float_residual ? dst.float_residual + at : nullptr};
     if (many) {
       run_many_strips(job, source, expanded, sample_dst, parallel);
     } else {

@@ -13,6 +13,7 @@
 // Where bytes are wanted, all channels of a strip are made before it is rounded, so that its floats
 // need not leave the cache.
 #include <algorithm>
+#include <limits>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
@@ -24,6 +25,7 @@ constexpr size_t kStripElements = 7168;        // of input rows: 28 KB
 constexpr size_t kStripRows = 4;               // kernels like multiples of it
 constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
 constexpr size_t kFloats = size_t{1} << 15;    // of a strip that becomes bytes
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A strip is `height` output rows (less at the end) at one depth.
 struct Strips {
@@ -208,10 +210,11 @@ struct End {
   }
 };
 
-// Channels that lie `channel_stride` elements apart.
+// Channels that lie `channel_stride` elements apart, and what is added to them, or null.
 struct Floats {
   float* data;
   size_t channel_stride;
+  const float* residual;
 };
 
 // Output channels [first, first + count), all in one block of 16, rows of one strip. src: the
@@ -244,9 +247,14 @@ void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, con
   planar.column_step = strips.cut ? 1 : shape.strides[2];
   planar.num_rows = place.num_rows;
   planar.row_size = planar.dst_stride = shape.out[2];
-  planar.low = end.low;
-  planar.high = end.high;
+  // What is added later is clamped later.
+  planar.low = dst.residual ? -kInfinity : end.low;
+  planar.high = dst.residual ? kInfinity : end.high;
   op.kernels->planar_f32(&planar);
+  if (dst.residual) {
+    op.kernels->add_clamp_f32(dst.residual + first * dst.channel_stride, dst.channel_stride, count,
+                              place.num_rows * shape.out[2], end.low, end.high, planar.dst);
+  }
 }
 
 // Output channels [first, last) of a strip of one sample: a whole group or more groups of one
@@ -297,9 +305,10 @@ void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_
       work.strip = strip;
       const size_t first_pixel = (place.z * shape.out[1] + place.y) * row;
       const size_t sample_at = sample * shape.channels_out * shape.num_out();
-      const Floats floats = to_bytes
-                                ? Floats{work.floats, place.num_rows * row}
-                                : Floats{dst.floats + sample_at + first_pixel, shape.num_out()};
+      const size_t at = sample_at + first_pixel;
+      const float* residual = dst.float_residual ? dst.float_residual + at : nullptr;
+      const Floats floats = to_bytes ? Floats{work.floats, place.num_rows * row, nullptr}
+                                     : Floats{dst.floats + at, shape.num_out(), residual};
       const size_t last = std::min(begin + channels, shape.channels_out);
       for (size_t c = begin; c < last; c += part) {
         run_channels(op, shape, strips, place, end, c, std::min(c + part, last),

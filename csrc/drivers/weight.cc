@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 
 namespace afpq {
 namespace {
@@ -47,14 +48,19 @@ std::vector<int32_t> sum_table(const AfpqKernels& kernels, const PackedWeight& w
   return result;
 }
 
+// What numbers up to `limit` can add up to over a segment.
+size_t bound_of_sums(const PackedWeight& weight, size_t limit) {
+  size_t longest = 0;
+  for (const Segment& segment : weight.segments)
+    longest = std::max(longest, segment.end - segment.begin);
+  return longest * kTileK * limit;
+}
+
 // The largest sum of numbers of one sign over a channel and segment of a plane; at most 32767 if
 // that is clear without adding up.
 int32_t largest_side(const AfpqKernels& kernels, const PackedWeight& weight, int plane,
                      const int8_t* table) {
-  size_t longest = 0;
-  for (const Segment& segment : weight.segments)
-    longest = std::max(longest, segment.end - segment.begin);
-  const size_t bound = longest * kTileK * weight.limits[plane];
+  const size_t bound = bound_of_sums(weight, weight.limits[plane]);
   if (bound <= size_t{kMaxSide}) return static_cast<int32_t>(bound);
   int8_t above[256];
   for (size_t i = 0; i < 256; ++i) above[i] = std::max<int8_t>(table[i], 0);
@@ -64,6 +70,27 @@ int32_t largest_side(const AfpqKernels& kernels, const PackedWeight& weight, int
   for (size_t i = 0; i < sides.size(); ++i)
     largest = std::max({largest, sides[i], sides[i] - sums[i]});
   return largest;
+}
+
+// The same of the numbers I of a pair.
+int32_t largest_joined_side(const AfpqKernels& kernels, const PackedWeight& weight) {
+  const size_t bound = bound_of_sums(weight, weight.format.max_integer());
+  if (bound <= size_t{kMaxSide}) return static_cast<int32_t>(bound);
+  int8_t above[2][256];  // the planes of I above zero
+  for (size_t i = 0; i < 256; ++i) {
+    const bool positive = weight.tables.joined[i] > 0;
+    above[0][i] = positive ? weight.tables.low[i] : int8_t{0};
+    above[1][i] = positive ? weight.tables.high[i] : int8_t{0};
+  }
+  const std::vector<int32_t> low = sum_table(kernels, weight, above[0]);
+  const std::vector<int32_t> high = sum_table(kernels, weight, above[1]);
+  int64_t largest = 0;
+  for (size_t i = 0; i < low.size(); ++i) {
+    const int64_t side = int64_t{256} * high[i] + low[i];
+    const int64_t sum = int64_t{256} * weight.column_sums[1][i] + weight.column_sums[0][i];
+    largest = std::max({largest, side, side - sum});
+  }
+  return static_cast<int32_t>(std::min<int64_t>(largest, std::numeric_limits<int32_t>::max()));
 }
 
 const int8_t* table_of(const PackedWeight& weight, int plane) {
@@ -78,6 +105,7 @@ void sum_columns(const AfpqKernels& kernels, PackedWeight* weight) {
     weight->column_sums[plane] = sum_table(kernels, *weight, table);
     weight->sides[plane] = largest_side(kernels, *weight, plane, table);
   }
+  if (weight->format.num_planes() == 2) weight->joined_side = largest_joined_side(kernels, *weight);
   use_sums(kernels, weight);
 }
 
@@ -88,6 +116,7 @@ void use_sums(const AfpqKernels& kernels, PackedWeight* weight) {
     weight->fits_words = weight->fits_words && weight->sides[plane] <= kMaxSide;
   }
   if (planes < 2) return;
+  weight->fits_joined = weight->joined_side <= kMaxSide;
   weight->joined_sums = weight->column_sums[0];
   for (size_t i = 0; i < weight->joined_sums.size(); ++i)
     weight->joined_sums[i] += 256 * weight->column_sums[1][i];

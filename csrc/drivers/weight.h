@@ -46,6 +46,10 @@ struct PackedWeight {
   //          the last one: it is the same sum, rounded once
   //   a8     the same holds of |sum (q - zero) * I| <= 255 * (256 * 32767 + 32767) < 2^31
   bool fits_words = false;
+  int32_t joined_side = 0;  // of a pair: the largest sum of numbers I of one sign, or a bound of it
+  // Whether that is at most 32767. Then |sum (q - zero) * I| of a16 is below 2^31, and becomes
+  // float as it is, however it was added up: one rounding in place of one for each plane.
+  bool fits_joined = false;
 
   const uint8_t* block(size_t index) const { return data + index * num_tiles * tile_bytes; }
 };
@@ -58,10 +62,11 @@ void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t
                  size_t k, const float* scales, size_t num_scales, size_t group_size,
                  size_t segment_multiple, bool integer_sums, PackedWeight* weight);
 
-// Makes column_sums and sides, and what follows from them, of a weight that was loaded without.
+// Makes column_sums, sides and joined_side, and what follows from them, of a weight that was loaded
+// without.
 void sum_columns(const AfpqKernels& kernels, PackedWeight* weight);
 
-// What follows from column_sums and sides that were made before.
+// What follows from column_sums, sides and joined_side that were made before.
 void use_sums(const AfpqKernels& kernels, PackedWeight* weight);
 
 // One row of the matrix as floats I * scale: dst[k].

@@ -393,6 +393,7 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     finish_f32_s32_avx2,
     store_u8_f32_avx2,
     finish_u8_s32_avx2,
+    add_clamp_f32_avx2,
     pick_f32_avx2,
     planar_f32_avx2,
 };

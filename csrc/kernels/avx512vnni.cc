@@ -272,6 +272,7 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     finish_f32_s32_avx512vnni,
     store_u8_f32_avx512vnni,
     finish_u8_s32_avx512vnni,
+    add_clamp_f32_avx512vnni,
     pick_f32_avx512vnni,
     planar_f32_avx512vnni,
 };

@@ -307,6 +307,12 @@ typedef struct AfpqKernels {
   void (*store_u8_f32)(const AfpqStoreBytes* s);
   void (*finish_u8_s32)(const AfpqFinish* f);
 
+  // A residual behind what store_f32, finish_f32_s32, gemm_pixels or planar_f32 wrote to planes:
+  // dst[c * stride + i] = clamp(dst[c * stride + i] + src[c * stride + i]), c < num_channels, i <
+  // count.
+  void (*add_clamp_f32)(const float* src, size_t stride, size_t num_channels, size_t count,
+                        float low, float high, float* dst);
+
   // Every step-th element of rows: dst[r * dst_stride + i] = src[r * src_stride + i * step], r <
   // num_rows, i < count.
   void (*pick_f32)(const float* src, size_t src_stride, size_t step, size_t num_rows, size_t count,

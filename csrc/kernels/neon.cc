@@ -265,6 +265,7 @@ const AfpqKernels kAfpqKernelsNeon = {
     finish_f32_s32_neon,
     store_u8_f32_neon,
     finish_u8_s32_neon,
+    add_clamp_f32_neon,
     pick_f32_neon,
     planar_f32_neon,
 };

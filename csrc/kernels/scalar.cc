@@ -291,6 +291,13 @@ void gemm_pixels(const AfpqPixels& p) {
 void gemm_pixels_f32_u8_s8_scalar(const AfpqPixels* p) { gemm_pixels<uint8_t, int8_t>(*p); }
 void gemm_pixels_f32_s16_s16_scalar(const AfpqPixels* p) { gemm_pixels<int16_t, int16_t>(*p); }
 
+void add_clamp_f32_scalar(const float* src, size_t stride, size_t num_channels, size_t count,
+                          float low, float high, float* dst) {
+  for (size_t c = 0; c < num_channels; ++c, src += stride, dst += stride) {
+    for (size_t i = 0; i < count; ++i) dst[i] = clamp(dst[i] + src[i], low, high);
+  }
+}
+
 void pick_f32_scalar(const float* src, size_t src_stride, size_t step, size_t num_rows,
                      size_t count, size_t dst_stride, float* dst) {
   for (size_t r = 0; r < num_rows; ++r) {
@@ -363,6 +370,7 @@ const AfpqKernels kAfpqKernelsScalar = {
     finish_f32_s32_scalar,
     store_u8_f32_scalar,
     finish_u8_s32_scalar,
+    add_clamp_f32_scalar,
     pick_f32_scalar,
     planar_f32_scalar,
 };

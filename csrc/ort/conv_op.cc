@@ -28,9 +28,7 @@ void check_size(const ConvShape& shape, const std::vector<int64_t>& dims) {
 
 }  // namespace
 
-int ConvOp::input_type(size_t index) {
-  return index == 0 || index == 2 ? kAny : index == 3 ? kFloat : kUint8;
-}
+int ConvOp::input_type(size_t index) { return index == 1 ? kUint8 : index == 3 ? kFloat : kAny; }
 
 ConvOp::ConvOp(const KernelInfo& info)
     : geometry_(info),
@@ -79,18 +77,28 @@ ConvShape ConvOp::shape_of(const Tensor& x) const {
   return shape;
 }
 
-const uint8_t* ConvOp::read_residual(const KernelContext& context,
-                                     const std::vector<int64_t>& dims) const {
-  if (context.num_inputs() <= 4) return nullptr;
+void ConvOp::read_residual(const KernelContext& context, const std::vector<int64_t>& float_dims,
+                           const std::vector<int64_t>& byte_dims, ConvTarget* dst) const {
+  if (context.num_inputs() <= 4) return;
   const Tensor residual = context.input(4);
-  if (residual.data == nullptr) return nullptr;
-  if (residual_rounding_.scale == 0)
-    throw Error(kInvalidArgument, "attribute residual_format is missing");
+  if (residual.data == nullptr) return;
+  const bool floats = residual.type == kFloat;
+  if (!floats && residual.type != kUint8)
+    throw Error(kInvalidArgument, "residual must be float32 or uint8");
+  if (!floats && residual_rounding_.scale == 0)
+    throw Error(kInvalidArgument, "attribute residual_format is missing, which bytes need");
+  if (floats && dst->bytes)
+    throw Error(kInvalidArgument, "residual must be uint8 where the output is");
+  const std::vector<int64_t>& dims = floats ? float_dims : byte_dims;
   if (residual.dims != dims) {
     throw Error(kInvalidArgument,
                 "residual has shape " + to_string(residual.dims) + ", needs " + to_string(dims));
   }
-  return residual.as<uint8_t>();
+  if (floats) {
+    dst->float_residual = residual.as<float>();
+  } else {
+    dst->residual = residual.as<uint8_t>();
+  }
 }
 
 void ConvOp::run(KernelContext& context, bool to_bytes) const {
@@ -118,15 +126,15 @@ void ConvOp::run(KernelContext& context, bool to_bytes) const {
   } else {
     src.floats = x.as<float>();
   }
-  dst.residual = read_residual(context, dims(true));
-  if ((src.bytes || dst.residual) && !conv_multiplies_integers(op, shape)) {
-    throw Error(kNotImplemented,
-                "this convolution runs on floats: bytes cannot be its input or residual");
-  }
   if (to_bytes) {
     dst.bytes = context.output<uint8_t>(0, dims(true));
   } else {
     dst.floats = context.output<float>(0, dims(false));
+  }
+  read_residual(context, dims(false), dims(true), &dst);
+  if ((src.bytes || dst.residual) && !conv_multiplies_integers(op, shape)) {
+    throw Error(kNotImplemented,
+                "this convolution runs on floats: bytes cannot be its input or residual");
   }
   conv(op, shape, src, static_cast<size_t>(x.dims[0]), dst, context.parallel());
 }

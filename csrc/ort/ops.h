@@ -50,7 +50,8 @@ class Geometry {
 };
 
 // Y = clamp(convolution of X with the weight, plus bias, plus residual). X: float32 [N, C, ...], or
-// uint8 [N, ..., C] of the static format; residual: uint8 [N, ..., n]; Y: float32 [N, n, ...].
+// uint8 [N, ..., C] of the static format; residual: float32 like Y, or uint8 [N, ..., n]; Y:
+// float32 [N, n, ...].
 class ConvOp {
  public:
   static constexpr const char* kName = "Conv";
@@ -66,8 +67,9 @@ class ConvOp {
 
  private:
   ConvShape shape_of(const Tensor& x) const;
-  const uint8_t* read_residual(const KernelContext& context,
-                               const std::vector<int64_t>& dims) const;
+  // dst knows already where results go.
+  void read_residual(const KernelContext& context, const std::vector<int64_t>& float_dims,
+                     const std::vector<int64_t>& byte_dims, ConvTarget* dst) const;
 
   Geometry geometry_;
   ConvShape base_;  // everything but the sizes that come with X

@@ -145,8 +145,9 @@ struct ConvCase {
   const LhsRounding& rounding;
   const std::vector<float>& bias;
 
+  // A residual is like the results.
   template <typename Result>
-  void run(const AfpqKernels& kernels, const ConvSource& src, const uint8_t* residual,
+  void run(const AfpqKernels& kernels, const ConvSource& src, const Result* residual,
            Result* dst) const {
     const bool planar = conv_is_planar(shape) && !(conv_is_depthwise(shape) && rounding.scale > 0);
     const size_t multiple = shape.group_in() % kTileK == 0 ? shape.group_in() / kTileK : 1;
@@ -160,6 +161,7 @@ struct ConvCase {
       target.residual = residual;
     } else {
       target.floats = dst;
+      target.float_residual = residual;
     }
     conv(op, shape, src, kBatch, target, kSerial);
   }
@@ -175,14 +177,19 @@ void compare_conv(Comparison* comparison, Checksum* checksum) {
       const Stored stored(&random, format, shape.channels_out, shape.num_taps() * shape.group_in());
       const std::vector<float> bias = random.numbers(shape.channels_out);
       const Guarded<float> src(random.numbers(kBatch * shape.channels_in * shape.num_in()));
+      const size_t num_out = kBatch * shape.channels_out * shape.num_out();
+      const Guarded<float> residual(random.numbers(num_out));
       for (const LhsRounding& rounding : kRoundings) {
         const ConvCase conv_case = {stored, shape, rounding, bias};
-        checksum->add(comparison->results(
-            std::vector<float>(kBatch * shape.channels_out * shape.num_out()),
-            format + text_of(" shape, mode", &shape - kShapes, static_cast<int>(rounding.mode)),
-            [&](const AfpqKernels& kernels, float* dst) {
-              conv_case.run(kernels, {src.data(), nullptr}, nullptr, dst);
-            }));
+        for (const float* added : {static_cast<float*>(nullptr), residual.data()}) {
+          checksum->add(comparison->results(
+              std::vector<float>(num_out),
+              format + text_of(" shape, mode, residual", &shape - kShapes,
+                               static_cast<int>(rounding.mode), int{added != nullptr}),
+              [&](const AfpqKernels& kernels, float* dst) {
+                conv_case.run(kernels, {src.data(), nullptr}, added, dst);
+              }));
+        }
       }
     }
   }

@@ -249,6 +249,21 @@ void compare_pick(Comparison* comparison) {
   }
 }
 
+void compare_add(Comparison* comparison) {
+  comparison->begin("add_clamp_f32");
+  Random random(26);
+  for (size_t count = 1; count <= 40; ++count) {
+    const size_t channels = 1 + count % 3, stride = count + count % 2;
+    const size_t size = (channels - 1) * stride + count;
+    const Guarded<float> src(random.numbers(size));
+    const std::vector<float> before = random.numbers(size);
+    comparison->results(
+        before, text_of("count", count), [&](const AfpqKernels& kernels, float* dst) {
+          kernels.add_clamp_f32(src.data(), stride, channels, count, -0.5f, 1.0f, dst);
+        });
+  }
+}
+
 struct PlanarShape {
   size_t taps, channels, rows, columns, step;  // taps x taps; of the source
   ptrdiff_t pad;
@@ -315,6 +330,7 @@ void compare_ends(Comparison* comparison) {
   compare_finish_floats(comparison);
   compare_store_bytes(comparison);
   compare_finish(comparison);
+  compare_add(comparison);
   compare_pick(comparison);
   compare_planar(comparison);
 }
