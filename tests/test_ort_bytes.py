@@ -209,6 +209,48 @@ def test_float_paths_write_bytes_too(text: str, width: int) -> None:
     np.testing.assert_array_equal(run("ConvU8", tensors, {"x": x}, False, **fields), expected)
 
 
+# (channels in and out), spatial extents, attributes; rows of outputs are long enough for float planes
+FEW_CHANNELS: list[Any] = [
+    ((3, 20), (13, 17), dict(kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])),
+    ((3, 32), (21, 120), dict(kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1])),
+    ((1, 70), (30, 33), dict(kernel_shape=[5, 4], pads=[4, 1, 2, 3])),
+    ((2, 130), (20, 9), dict(kernel_shape=[3, 3], dilations=[2, 1], pads=[2, 1, 2, 1])),
+    ((1, 16), (9, 12), dict(kernel_shape=[1, 1])),
+    ((3, 5), (8, 40), dict(kernel_shape=[3, 4], strides=[1, 3], auto_pad="SAME_LOWER")),
+    ((2, 17), (64,), dict(kernel_shape=[9], strides=[3], pads=[8, 4])),
+    ((1, 16), (6, 5, 12), dict(kernel_shape=[2, 3, 4], strides=[2, 1, 1], pads=[1, 1, 2, 0, 1, 1])),
+    ((3, 24), (3, 10), dict(kernel_shape=[4, 4], pads=[3, 3, 3, 3])),
+]
+
+
+@pytest.mark.parametrize("case", FEW_CHANNELS, ids=str)
+def test_first_layers_write_the_bytes_of_their_floats(case: Any) -> None:
+    """Small whole numbers add up exactly, so that only the end of the layer rounds."""
+    (channels, n), spatial, attributes = case
+    rng = np.random.default_rng(6)
+    fmt, taps = AfpFormat.parse("e2m2"), int(np.prod(attributes["kernel_shape"]))
+    x = rng.integers(-8, 9, (2, channels, *spatial)).astype(np.float32)
+    weight = rng.standard_normal((n, taps * channels)).astype(np.float32)
+    scale = round_scale(fmt, np.abs(weight).max(1) / fmt.max_integer, "real")
+    _, tensors = weight_tensors(weight, fmt)
+    bias = rng.standard_normal(n).astype(np.float32)
+    fields = dict(format="e2m2", n=n, k=taps * channels, activations="a8", **attributes)
+    floats = run("Conv", tensors, {"x": x}, False, **fields)
+    column = (slice(None), *(None,) * len(spatial))
+    sums = np.rint(floats / scale[column])
+    np.testing.assert_array_equal(sums.astype(np.float32) * scale[column], floats)
+
+    step, (low, high) = np.float32(Y_SCALE), (-2.0, 1.5)
+    steps = fma(sums.astype(np.float32), (scale / step)[column], (bias / step)[column])
+    steps = clamp(steps, np.float32(low) / step, np.float32(high) / step)
+    expected = np.moveaxis(encoded(steps, Y_FORMAT, np.float32(1)), 1, -1)
+    fields |= dict(clip_min=low, clip_max=high) | static("output", Y_FORMAT, Y_SCALE)
+    tensors.append(numpy_helper.from_array(bias, "b"))
+    for threads in (1, 2):
+        found = run("ConvU8", tensors, {"x": x}, True, threads, **fields)
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_no_number_becomes_the_least() -> None:
     case = Case(CONVS[0], "e2m2")
     x = case.x.copy()

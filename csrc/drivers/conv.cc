@@ -58,6 +58,8 @@ void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t 
   const bool planar = conv_is_planar(shape) && !conv_fits_depthwise(op, shape);
   // Rows of output shorter than a vector leave it half empty: channels fill one.
   if (planar && (shape.groups > 1 || shape.out[2] >= kLeastRow)) {
+    if (dst.bytes && shape.groups == 1)
+      return conv_planar_rows(op, shape, src.floats, batch, dst.bytes, parallel);
     return conv_planar(op, shape, src.floats, batch, dst, parallel);
   }
   const Products products =

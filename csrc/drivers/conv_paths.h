@@ -29,6 +29,19 @@ bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& pr
 void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
                  size_t batch, const ConvTarget& dst, const Parallel& parallel);
 
+// What follows the sums of float planes, in units of the output; of bytes, in the layer's scratch.
+struct PlanarEnd {
+  const float* scales;  // [channels]
+  const float* bias;    // or null
+  float low, high;
+
+  PlanarEnd(const Conv& op, size_t channels, bool to_bytes);
+};
+
+// The planar path from planes without groups to bytes; no residual.
+void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
+                      uint8_t* dst, const Parallel& parallel);
+
 // The planar path; no residual of bytes.
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
                  const ConvTarget& dst, const Parallel& parallel);

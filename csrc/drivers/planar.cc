@@ -186,30 +186,6 @@ const float* used_weights(const PackedWeight& weight, const Workspace& work) {
   return work.used;
 }
 
-// What follows the sums, in units of the output.
-struct End {
-  const float* scales;
-  const float* bias;  // or null
-  float low, high;
-
-  End(const Conv& op, size_t channels, bool to_bytes)
-      : scales(op.weight->scales.data()), bias(op.bias), low(op.low), high(op.high) {
-    if (!to_bytes) return;
-    const OutputUnit unit = {op.dst_rounding.scale};
-    Scratch& scratch = layer_scratch();
-    scratch.reset(2 * Scratch::room<float>(channels));
-    const auto in_units = [&](const float* from) {
-      float* result = scratch.take<float>(channels);
-      std::transform(from, from + channels, result, unit);
-      return result;
-    };
-    scales = in_units(scales);
-    if (bias) bias = in_units(bias);
-    low = unit(low);
-    high = unit(high);
-  }
-};
-
 // Channels that lie `channel_stride` elements apart, and what is added to them, or null.
 struct Floats {
   float* data;
@@ -220,8 +196,8 @@ struct Floats {
 // Output channels [first, first + count), all in one block of 16, rows of one strip. src: the
 // planes that the first of them reads; dst: of channel 0.
 void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, const Place& place,
-               const End& end, size_t first, size_t count, const float* src, const Floats& dst,
-               Workspace* work) {
+               const PlanarEnd& end, size_t first, size_t count, const float* src,
+               const Floats& dst, Workspace* work) {
   static constexpr float kNoBias[kTileN] = {};
   const PackedWeight& weight = *op.weight;
   if (work->block != first / kTileN) {
@@ -260,8 +236,8 @@ void run_strip(const Conv& op, const ConvShape& shape, const Strips& strips, con
 // Output channels [first, last) of a strip of one sample: a whole group or more groups of one
 // channel.
 void run_channels(const Conv& op, const ConvShape& shape, const Strips& strips, const Place& place,
-                  const End& end, size_t first, size_t last, const float* src, const Floats& dst,
-                  Workspace* work) {
+                  const PlanarEnd& end, size_t first, size_t last, const float* src,
+                  const Floats& dst, Workspace* work) {
   const auto planes = [&](size_t channel) {
     return src + channel / shape.group_out() * shape.group_in() * shape.num_in();
   };
@@ -283,11 +259,28 @@ void round_strip(const Conv& op, const ConvShape& shape, const Floats& src, uint
 
 }  // namespace
 
+PlanarEnd::PlanarEnd(const Conv& op, size_t channels, bool to_bytes)
+    : scales(op.weight->scales.data()), bias(op.bias), low(op.low), high(op.high) {
+  if (!to_bytes) return;
+  const OutputUnit unit = {op.dst_rounding.scale};
+  Scratch& scratch = layer_scratch();
+  scratch.reset(2 * Scratch::room<float>(channels));
+  const auto in_units = [&](const float* from) {
+    float* result = scratch.take<float>(channels);
+    std::transform(from, from + channels, result, unit);
+    return result;
+  };
+  scales = in_units(scales);
+  if (bias) bias = in_units(bias);
+  low = unit(low);
+  high = unit(high);
+}
+
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
                  const ConvTarget& dst, const Parallel& parallel) {
   const bool to_bytes = dst.bytes != nullptr;
   const Strips strips = strips_of(shape, to_bytes);
-  const End end(op, shape.channels_out, to_bytes);
+  const PlanarEnd end(op, shape.channels_out, to_bytes);
   // A part is a group, or a block of groups of one channel; an item is a strip of one, or of all.
   const size_t part = shape.group_out() == 1 ? size_t{kTileN} : shape.group_out();
   const size_t channels = to_bytes ? shape.channels_out : part;

@@ -396,4 +396,5 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     add_clamp_f32_avx2,
     pick_f32_avx2,
     planar_f32_avx2,
+    planar_rows_f32_avx2,
 };

@@ -275,4 +275,5 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     add_clamp_f32_avx512vnni,
     pick_f32_avx512vnni,
     planar_f32_avx512vnni,
+    planar_rows_f32_avx512vnni,
 };

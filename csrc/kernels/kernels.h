@@ -194,6 +194,24 @@ typedef struct AfpqPlanar {
   float low, high;    // -inf, +inf: no clamp
 } AfpqPlanar;
 
+// The same sums of channels that all read the same planes, from planes without padding to rows:
+// with channels in the lanes, nothing needs to be transposed.
+//   dst[i * kPanelN + c] = fma(a, scales[c], bias[c]), a = chain of fma(src[taps[t] + i * step],
+//   weights[(c / kTileN * num_tiles * kTileK + t) * kTileN + c % kTileN]) over t, from 0
+typedef struct AfpqPlanarRows {
+  const float* src;
+  const size_t* taps;    // elements
+  const float* weights;  // of whole blocks, as expand_f32_afp writes them
+  const float* scales;   // [num_channels]
+  const float* bias;     // [num_channels]
+  float* dst;            // [num_pixels][kPanelN]
+  size_t num_taps;       // up to num_tiles * kTileK
+  size_t num_tiles;
+  size_t step;  // elements from pixel to pixel
+  size_t num_pixels;
+  size_t num_channels;  // 1..kPanelN
+} AfpqPlanarRows;
+
 // Products of integers come in two forms that give the same bits where both may be used:
 //   bytes  rows of lhs are planes of unsigned bytes, those of rhs of signed bytes
 //   words  both are 16-bit numbers, so a16 takes one dot product instead of two, with sums that
@@ -319,6 +337,7 @@ typedef struct AfpqKernels {
                    size_t dst_stride, float* dst);
 
   void (*planar_f32)(const AfpqPlanar* p);
+  void (*planar_rows_f32)(const AfpqPlanarRows* p);
 } AfpqKernels;
 
 // The tables, best first, ends with null. A table is listed only if it was compiled in; `supported`

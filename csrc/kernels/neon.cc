@@ -268,4 +268,5 @@ const AfpqKernels kAfpqKernelsNeon = {
     add_clamp_f32_neon,
     pick_f32_neon,
     planar_f32_neon,
+    planar_rows_f32_neon,
 };

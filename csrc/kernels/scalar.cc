@@ -328,6 +328,18 @@ void planar_f32_scalar(const AfpqPlanar* p) {
   }
 }
 
+void planar_rows_f32_scalar(const AfpqPlanarRows* p) {
+  for (size_t i = 0; i < p->num_pixels; ++i) {
+    for (size_t c = 0; c < p->num_channels; ++c) {
+      const float* weights = p->weights + c / kTileN * p->num_tiles * kTileCodes + c % kTileN;
+      float sum = 0.0f;
+      for (size_t t = 0; t < p->num_taps; ++t)
+        sum = fmaf(p->src[p->taps[t] + i * p->step], weights[t * kTileN], sum);
+      p->dst[i * kPanelN + c] = fmaf(sum, p->scales[c], p->bias[c]);
+    }
+  }
+}
+
 void finish_f32_s32_scalar(const AfpqFinishFloats* args) {
   afpq_finish_floats(args, combine_f32_s32_scalar, store_f32_scalar);
 }
@@ -373,4 +385,5 @@ const AfpqKernels kAfpqKernelsScalar = {
     add_clamp_f32_scalar,
     pick_f32_scalar,
     planar_f32_scalar,
+    planar_rows_f32_scalar,
 };

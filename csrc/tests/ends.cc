@@ -1,5 +1,7 @@
 // Kernels at the end of a layer, and those that work on float planes, compared with the scalar
 // ones.
+#include <algorithm>
+
 #include "tests/check.h"
 
 namespace afpq::tests {
@@ -322,6 +324,31 @@ void compare_planar(Comparison* comparison) {
   }
 }
 
+void compare_planar_rows(Comparison* comparison) {
+  comparison->begin("planar_rows_f32");
+  Random random(27);
+  for (const size_t channels : {1, 9, 16, 24, 40, 64}) {
+    for (const size_t pixels : {1, 5, 6, 13}) {
+      const size_t step = 1 + channels % 3, count = 3 + pixels * channels % 25;
+      const size_t tiles = (count + kTileK - 1) / kTileK, blocks = (channels + kTileN - 1) / kTileN;
+      const std::vector<size_t> taps = random.integers<size_t>(count, 0, 50);
+      const Guarded<float> src(
+          random.numbers(*std::max_element(taps.begin(), taps.end()) + (pixels - 1) * step + 1));
+      const Guarded<float> weights(random.numbers(blocks * tiles * kTileCodes));
+      const Guarded<float> scales(random.numbers(channels)), bias(random.numbers(channels));
+      comparison->results(std::vector<float>((pixels - 1) * kPanelN + channels, 7.0f),
+                          text_of("channels, pixels", channels, pixels),
+                          [&](const AfpqKernels& kernels, float* dst) {
+                            const AfpqPlanarRows args = {src.data(),    taps.data(), weights.data(),
+                                                         scales.data(), bias.data(), dst,
+                                                         count,         tiles,       step,
+                                                         pixels,        channels};
+                            kernels.planar_rows_f32(&args);
+                          });
+    }
+  }
+}
+
 }  // namespace
 
 void compare_ends(Comparison* comparison) {
@@ -333,6 +360,7 @@ void compare_ends(Comparison* comparison) {
   compare_add(comparison);
   compare_pick(comparison);
   compare_planar(comparison);
+  compare_planar_rows(comparison);
 }
 
 }  // namespace afpq::tests
