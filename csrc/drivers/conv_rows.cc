@@ -1,12 +1,12 @@
 // The path of convolutions whose pixels are rows of elements: bytes that come as they are, or
 // floats that are rounded and turned channel-last, one sample at a time.
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <vector>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
+#include "drivers/patches.h"
 #include "drivers/taps.h"
 
 namespace afpq {
@@ -31,66 +31,6 @@ Taps taps_of(const Conv& op, const ConvShape& shape) {
     }
   }
   return Taps::kDirect;
-}
-
-// A few elements, which memmove would take longer to look at than to copy.
-template <typename T>
-void copy_few(const T* src, size_t count, T* dst) {
-  constexpr size_t kStep = 16 / sizeof(T);
-  if (count < kStep) {
-    for (size_t i = 0; i < count; ++i) dst[i] = src[i];
-    return;
-  }
-  for (size_t i = 0; i + kStep < count; i += kStep) std::memcpy(dst + i, src + i, 16);
-  std::memcpy(dst + count - kStep, src + count - kStep, 16);
-}
-
-// The taps of output pixel x, in rows of the kernel that begin at `begins`, as one row. Those in a
-// row of the kernel lie next to each other where none is in the padding.
-template <typename T>
-void gather_patch(const ConvShape& shape, const TapOffsets& taps,
-                  const std::vector<int32_t>& begins, const T* pixels, T padding, size_t x,
-                  T* dst) {
-  const size_t channels = shape.channels_in, count = shape.kernel[2];
-  const int32_t* column = taps.columns(x);
-  const bool together = shape.dilations[2] == 1 && (column[0] | column[count - 1]) >= 0;
-  for (const int32_t begin : begins) {
-    if (begin < 0) {
-      std::fill(dst, dst + count * channels, padding);
-    } else if (together) {
-      copy_few(pixels + begin + column[0], count * channels, dst);
-    } else {
-      for (size_t kx = 0; kx < count; ++kx) {
-        T* tap = dst + kx * channels;
-        if (column[kx] < 0) {
-          std::fill(tap, tap + channels, padding);
-        } else {
-          copy_few(pixels + begin + column[kx], channels, tap);
-        }
-      }
-    }
-    dst += count * channels;
-  }
-}
-
-// Copies the taps of each output pixel into one row: rows[num_out][padded].
-template <typename T>
-void gather_patches(const ConvShape& shape, const T* pixels, T padding, size_t padded,
-                    const Parallel& parallel, T* rows) {
-  const TapOffsets taps(shape, shape.channels_in);
-  const size_t size = shape.num_taps() * shape.channels_in;
-  const size_t step = std::max<size_t>(1, kTaskElements / padded);
-  parallel_for(parallel, ceil_div(shape.num_out(), step), [&](size_t task) {
-    std::vector<int32_t> begins(taps.kernel_rows());
-    const size_t first = task * step;
-    for (size_t r = first; r < std::min(shape.num_out(), first + step); ++r) {
-      const size_t x = r % shape.out[2];
-      if (r == first || x == 0) taps.find_begins(r / shape.out[2], begins.data());
-      T* row = rows + r * padded;
-      gather_patch(shape, taps, begins, pixels, padding, x, row);
-      std::fill(row + size, row + padded, T{0});
-    }
-  });
 }
 
 // Rows of bytes to rows of words.
@@ -134,6 +74,7 @@ struct Job {
 // The buffers of one sample: planes of elements.
 struct Sample {
   uint8_t* pixels[2] = {nullptr, nullptr};   // [num_in][channels], unless they are the source's
+  uint8_t* padded[2] = {nullptr, nullptr};   // the same with padding, of patches
   uint8_t* patches[2] = {nullptr, nullptr};  // [num_out][patch]
   uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group]
   float* row_scales = nullptr;               // [num_out], in output units
@@ -146,16 +87,19 @@ Sample allocate_sample(const Job& job) {
   const size_t element = job.products.element_bytes(), planes = job.products.lhs_planes;
   const size_t pixels = job.in_place ? 0 : job.num_elements() * element;
   const size_t padding = shape.group_in() * element;
-  const size_t patches = job.taps == Taps::kPatches ? shape.num_out() * job.patch * element : 0;
+  const bool has_patches = job.taps == Taps::kPatches;
+  const size_t padded = has_patches ? PaddedInput(shape).num_elements() * element : 0;
+  const size_t patches = has_patches ? shape.num_out() * job.patch * element : 0;
   using S = Scratch;
   Scratch& scratch = layer_scratch();
-  scratch.reset(
-      planes * (S::room<uint8_t>(pixels) + S::room<uint8_t>(patches) + S::room<uint8_t>(padding)) +
-      S::room<float>(shape.num_out()) + S::room<int32_t>(shape.num_out()) +
-      S::room<float>(shape.channels_out));
+  scratch.reset(planes * (S::room<uint8_t>(pixels) + S::room<uint8_t>(padded) +
+                          S::room<uint8_t>(patches) + S::room<uint8_t>(padding)) +
+                S::room<float>(shape.num_out()) + S::room<int32_t>(shape.num_out()) +
+                S::room<float>(shape.channels_out));
   Sample sample;
   for (size_t p = 0; p < planes; ++p) {
     sample.pixels[p] = scratch.take<uint8_t>(pixels);
+    sample.padded[p] = scratch.take<uint8_t>(padded);
     sample.patches[p] = scratch.take<uint8_t>(patches);
     sample.padding[p] = scratch.take<uint8_t>(padding);
   }
@@ -175,8 +119,10 @@ void fill_padding(const Job& job, int plane, T padding, const Sample& sample,
   T* row = reinterpret_cast<T*>(sample.padding[plane]);
   std::fill(row, row + job.shape.group_in(), padding);
   if (job.taps != Taps::kPatches) return;
-  gather_patches(job.shape, reinterpret_cast<const T*>(sample.pixels[plane]), padding, job.patch,
-                 parallel, reinterpret_cast<T*>(sample.patches[plane]));
+  T* padded = reinterpret_cast<T*>(sample.padded[plane]);
+  pad_input(job.shape, reinterpret_cast<const T*>(sample.pixels[plane]), padding, padded);
+  gather_patches(job.shape, padded, job.patch, parallel,
+                 reinterpret_cast<T*>(sample.patches[plane]));
 }
 
 // The pixels of a sample that comes as floats. Returns how they were rounded.

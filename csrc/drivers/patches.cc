@@ -1,0 +1,115 @@
+#include "drivers/patches.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace afpq {
+namespace {
+
+constexpr size_t kTaskElements = size_t{1} << 15;
+
+// A few elements, which memmove would take longer to look at than to copy. kTwice: 16 to 32 bytes.
+template <bool kTwice, typename T>
+void copy_few(const T* src, size_t count, T* dst) {
+  constexpr size_t kStep = 16 / sizeof(T);
+  if (!kTwice && count < kStep) {
+    for (size_t i = 0; i < count; ++i) dst[i] = src[i];
+    return;
+  }
+  if constexpr (kTwice) {
+    std::memcpy(dst, src, 16);
+  } else {
+    for (size_t i = 0; i + kStep < count; i += kStep) std::memcpy(dst + i, src + i, 16);
+  }
+  std::memcpy(dst + count - kStep, src + count - kStep, 16);
+}
+
+// Taps that lie next to each other: those of a row of the kernel, or single ones.
+struct Runs {
+  std::vector<size_t> offsets;  // from the first tap, in elements
+  size_t size;                  // elements
+
+  Runs(const ConvShape& shape, const PaddedInput& input) {
+    const bool whole = shape.dilations[2] == 1;
+    size = (whole ? shape.kernel[2] : 1) * input.channels;
+    for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
+      for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
+        const size_t line = kz * shape.dilations[0] * input.extent[1] + ky * shape.dilations[1];
+        for (size_t kx = 0; kx < (whole ? 1 : shape.kernel[2]); ++kx)
+          offsets.push_back((line * input.extent[2] + kx * shape.dilations[2]) * input.channels);
+      }
+    }
+  }
+};
+
+template <bool kTwice, typename T>
+void copy_runs(const Runs& runs, const T* src, T* dst) {
+  for (const size_t offset : runs.offsets) {
+    copy_few<kTwice>(src + offset, runs.size, dst);
+    dst += runs.size;
+  }
+}
+
+}  // namespace
+
+PaddedInput::PaddedInput(const ConvShape& shape) : channels(shape.channels_in) {
+  for (int axis = 0; axis < 3; ++axis) {
+    extent[axis] = (shape.out[axis] - 1) * shape.strides[axis] +
+                   (shape.kernel[axis] - 1) * shape.dilations[axis] + 1;
+  }
+}
+
+template <typename T>
+void pad_input(const ConvShape& shape, const T* src, T padding, T* dst) {
+  const PaddedInput input(shape);
+  const auto outside = [&](size_t at, int axis) { return at - shape.pads[axis] >= shape.in[axis]; };
+  const size_t width = input.extent[2], begin = std::min(shape.pads[2], width);
+  const size_t count = std::min(shape.in[2], width - begin);
+  for (size_t z = 0; z < input.extent[0]; ++z) {
+    for (size_t y = 0; y < input.extent[1]; ++y, dst += width * input.channels) {
+      if (outside(z, 0) || outside(y, 1)) {
+        std::fill(dst, dst + width * input.channels, padding);
+        continue;
+      }
+      const size_t line = (z - shape.pads[0]) * shape.in[1] + y - shape.pads[1];
+      T* middle = dst + begin * input.channels;
+      std::fill(dst, middle, padding);
+      std::memcpy(middle, src + line * shape.in[2] * input.channels,
+                  count * input.channels * sizeof(T));
+      std::fill(middle + count * input.channels, dst + width * input.channels, padding);
+    }
+  }
+}
+
+template <typename T>
+void gather_patches(const ConvShape& shape, const T* padded, size_t row, const Parallel& parallel,
+                    T* dst) {
+  const PaddedInput input(shape);
+  const Runs runs(shape, input);
+  const size_t size = shape.num_taps() * input.channels, bytes = runs.size * sizeof(T);
+  const auto copy = bytes >= 16 && bytes <= 32 ? copy_runs<true, T> : copy_runs<false, T>;
+  const size_t lines = shape.out[0] * shape.out[1];
+  const size_t step = std::max<size_t>(1, kTaskElements / (row * shape.out[2]));
+  parallel_for(parallel, ceil_div(lines, step), [&](size_t task) {
+    for (size_t line = task * step; line < std::min(lines, (task + 1) * step); ++line) {
+      const size_t z = line / shape.out[1] * shape.strides[0];
+      const size_t y = line % shape.out[1] * shape.strides[1];
+      const T* src = padded + (z * input.extent[1] + y) * input.extent[2] * input.channels;
+      T* to = dst + line * shape.out[2] * row;
+      for (size_t x = 0; x < shape.out[2]; ++x, to += row) {
+        copy(runs, src + x * shape.strides[2] * input.channels, to);
+        for (size_t i = size; i < row; ++i) to[i] = T{0};
+      }
+    }
+  });
+}
+
+template void pad_input(const ConvShape&, const uint8_t*, uint8_t, uint8_t*);
+template void pad_input(const ConvShape&, const int16_t*, int16_t, int16_t*);
+template void pad_input(const ConvShape&, const float*, float, float*);
+template void gather_patches(const ConvShape&, const uint8_t*, size_t, const Parallel&, uint8_t*);
+template void gather_patches(const ConvShape&, const int16_t*, size_t, const Parallel&, int16_t*);
+template void gather_patches(const ConvShape&, const float*, size_t, const Parallel&, float*);
+
+}  // namespace afpq
