@@ -156,5 +156,5 @@ def _planes(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         args = (src, taps, weights, step, step, *of_channels)
         yield _into("planar_f32", np.float32, (7, rows_out, size), *args, size)
     taps, weights = rng.integers(0, 99, 27, np.uint64), _floats(rng, 3, 28, 16)
-    args = (_floats(rng, 120), taps, weights, 2, _floats(rng, 37), _floats(rng, 37))
-    yield _into("planar_rows_f32", np.float32, (8, 64), *args)
+    ends = _floats(rng, 37), _floats(rng, 37)
+    yield _into("planar_rows_f32", np.float32, (8, 64), _floats(rng, 120), taps, weights, 2, *ends)
