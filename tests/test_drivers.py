@@ -2,36 +2,14 @@
 
 import numpy as np
 import pytest
-from kernel_arrays import INF, clamp
+from driver_cases import PLANES, STATIC, quantized, rounded_rows
+from kernel_arrays import INF
 
 from afpq import _core
 from afpq.formats import AfpFormat, codebook, decode, encode, fake_quantize, round_scale
 from afpq.packing import pack
 
 FORMATS = ["e0m1", "e2m1", "e2m2", "e0m5", "e2m4", "e0m7", "e3m1", "e3m3", "e2m5", "e4m1", "e5m2"]
-
-
-def quantized(rng, n, k, fmt, groups=1):
-    weight = rng.standard_normal((n, k)).astype(np.float32)
-    scale = round_scale(fmt, np.full((groups, n), 2.5 / fmt.max_integer), "real")
-    scale *= np.exp2(rng.integers(-2, 3, (groups, n))).astype(np.float32)
-    spread = np.repeat(scale.T, -(-k // groups), axis=1)[:, :k]
-    codes = encode(weight, fmt, spread)
-    return pack(codes, fmt.bits), scale, codes, decode(codes, fmt, spread).astype(np.float64)
-
-
-def rounded_rows(x, planes):
-    """Rows as a8 or a16 sees them, from the recipe in csrc/drivers/gemm.h: float64 values."""
-    if planes == 0:
-        return x.astype(np.float64)
-    levels = np.float32(255 if planes == 1 else 65535)
-    low = np.minimum(x.min(1, keepdims=True), 0)
-    high = np.maximum(x.max(1, keepdims=True), 0)
-    scale = high / levels - low / levels
-    inverse = np.float32(1) / scale
-    zero = np.rint(-low * inverse)
-    q = np.clip(np.rint(x * inverse) + zero, 0, levels)
-    return (q.astype(np.float64) - zero) * scale
 
 
 def run_matmul(
@@ -53,9 +31,6 @@ def run_matmul(
     return _core.matmul(
         isa, threads, x, data, str(fmt), n, k, scale, group_size, bias, activations, low, high
     )
-
-
-PLANES = {"f32": 0, "a8": 1, "a16": 2}
 
 
 @pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
@@ -212,15 +187,6 @@ def test_rows_of_zeros_give_the_bias(isa):
     np.testing.assert_array_equal(y, np.tile(bias, (2, 1)))
 
 
-STATIC = [
-    ("e0m7", 0.0234375),
-    ("e2m4", 0.025),
-    ("ue1m7", 0.015625),
-    ("ue2m5", 0.0125),
-    ("ue2m3", 0.1),
-]
-
-
 @pytest.mark.parametrize(("activation_format", "scale"), STATIC)
 @pytest.mark.parametrize("text", ["e0m5", "e2m2", "e2m4", "e3m2", "e4m1"])
 def test_matmul_rounds_activations_to_a_static_format(text, activation_format, scale):
@@ -269,169 +235,6 @@ def test_a_static_row_with_nan_or_infinity_gives_nan_and_spares_the_others(isa):
         isa, 1, x, data, "e2m2", 20, 32, scales, 0, None, "a8", 0.0, INF, "e0m7", 0.03125
     )
     assert np.isnan(y[0]).all() and np.isnan(y[2]).all() and np.isfinite(y[1]).all()
-
-
-def naive_conv(x, weight, groups, kernel, strides, dilations, pads, out):
-    """float64 convolution by the definition; weight [n, taps * channels per group]."""
-    batch, channels = x.shape[:2]
-    size = channels // groups
-    reach = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations)]
-    padded = np.zeros(
-        (batch, channels, *[max(r, i + p) for r, i, p in zip(reach, x.shape[2:], pads)])
-    )
-    padded[(slice(None), slice(None), *[slice(p, p + i) for i, p in zip(x.shape[2:], pads)])] = x
-    columns = np.empty((batch, groups, int(np.prod(kernel)), size, *out))
-    for t, tap in enumerate(np.ndindex(*kernel)):
-        window = [
-            slice(j * d, j * d + (o - 1) * s + 1, s)
-            for j, d, o, s in zip(tap, dilations, out, strides)
-        ]
-        columns[:, :, t] = padded[(slice(None), slice(None), *window)].reshape(
-            batch, groups, size, *out
-        )
-    columns = columns.reshape(batch, groups, -1, int(np.prod(out)))
-    grouped = weight.reshape(groups, -1, weight.shape[1])
-    return np.einsum("bgkp,gnk->bgnp", columns, grouped).reshape(batch, -1, *out)
-
-
-# channels in, channels out, groups, input, kernel, strides, dilations, pads before, output
-SHAPES = [
-    (3, 20, 1, (1, 13, 17), (1, 5, 5), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 9)),
-    (6, 20, 1, (1, 9, 9), (1, 3, 3), (1, 3, 3), (1, 1, 1), (0, 1, 1), (1, 3, 3)),
-    (3, 3, 3, (1, 16, 16), (1, 4, 4), (1, 3, 3), (1, 1, 1), (0, 2, 2), (1, 6, 6)),
-    (3, 20, 1, (1, 13, 17), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 9)),
-    (8, 16, 1, (1, 9, 9), (1, 3, 3), (1, 1, 1), (1, 2, 2), (0, 2, 2), (1, 9, 9)),
-    (16, 40, 1, (1, 7, 7), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 7, 7)),
-    (24, 70, 1, (1, 8, 8), (1, 1, 1), (1, 2, 2), (1, 1, 1), (0, 0, 0), (1, 4, 4)),
-    (16, 16, 16, (1, 13, 9), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 5)),
-    (6, 6, 6, (1, 11, 12), (1, 5, 5), (1, 1, 1), (1, 2, 2), (0, 4, 4), (1, 11, 12)),
-    (8, 32, 2, (1, 6, 6), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 6, 6)),
-    (12, 6, 3, (1, 6, 6), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 4, 4)),
-    (4, 8, 4, (1, 6, 6), (1, 2, 3), (1, 3, 2), (1, 1, 1), (0, 0, 1), (1, 2, 3)),
-    (1, 64, 1, (1, 49, 10), (1, 10, 4), (1, 2, 2), (1, 1, 1), (0, 4, 1), (1, 25, 5)),
-    (2, 32, 1, (1, 1, 40), (1, 1, 7), (1, 1, 3), (1, 1, 1), (0, 0, 3), (1, 1, 14)),
-    (4, 18, 1, (5, 6, 7), (3, 3, 3), (2, 1, 2), (1, 1, 1), (1, 1, 1), (3, 6, 4)),
-    (8, 50, 1, (1, 40, 44), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 40, 44)),
-    (16, 24, 1, (1, 60, 50), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 60, 50)),
-    (4, 17, 1, (1, 14, 14), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 14, 14)),
-    (32, 18, 1, (1, 9, 30), (1, 5, 3), (1, 2, 1), (1, 1, 4), (0, 6, 5), (1, 9, 32)),
-    (8, 16, 1, (1, 1, 700), (1, 1, 5), (1, 1, 1), (1, 1, 1), (0, 0, 2), (1, 1, 700)),
-    (40, 40, 40, (1, 33, 41), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 33, 41)),
-    (24, 24, 24, (1, 20, 35), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 10, 18)),
-    (3, 38, 1, (1, 50, 70), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 25, 35)),
-    (1, 7, 1, (1, 30, 30), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 30, 30)),
-    (4, 4, 4, (5, 6, 7), (3, 2, 3), (2, 1, 2), (1, 2, 1), (1, 1, 1), (3, 6, 4)),
-]
-
-
-@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
-@pytest.mark.parametrize("text", ["e2m2", "e3m3", "e4m1"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
-    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
-    rng = np.random.default_rng(6)
-    fmt, k = AfpFormat.parse(text), int(np.prod(kernel)) * channels // groups
-    data, scale, _, weight = quantized(rng, n, k, fmt)
-    x = np.maximum(rng.standard_normal((2, channels, *size)), -0.5).astype(np.float32)
-    bias = rng.standard_normal(n).astype(np.float32)
-    planar = (
-        n // groups % 16 != 0 or channels // groups % 4 != 0
-        if groups > 1
-        else channels < 4 and k <= 64
-    )
-    planes = 0 if planar or fmt.kernel_class == "wide" else PLANES[activations]
-    rows = rounded_rows(x.reshape(2, -1), planes).reshape(x.shape)
-    geometry = groups, kernel, strides, dilations, pads, out
-    exact = naive_conv(rows, weight, *geometry) + bias[:, None, None, None]
-    bound = (
-        (k + 4)
-        * 2.0**-24
-        * (naive_conv(np.abs(rows), np.abs(weight), *geometry) + np.abs(bias)[:, None, None, None])
-    )
-    first = None
-    for isa in _core.kernels.isa_names():
-        for threads in (1, 2):
-            y = _core.conv(
-                isa, threads, x, data, text, n, k, scale, bias, activations, -INF, 3.0,
-                groups, kernel, strides, dilations, pads, out,
-            )  # fmt: skip
-            assert (np.abs(y - np.minimum(exact, 3.0)) <= bound).all()
-            first = y if first is None else first
-            np.testing.assert_array_equal(y, first)
-
-
-@pytest.mark.parametrize(
-    ("text", "activations"),
-    [("e2m2", "f32"), ("e2m2", "a8"), ("e2m2", "a16"), ("e3m3", "a16"), ("e4m1", "a8")],
-)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_residual_is_added_as_an_operator_behind_would(isa, shape, text, activations):
-    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
-    rng = np.random.default_rng(13)
-    fmt, k = AfpFormat.parse(text), int(np.prod(kernel)) * channels // groups
-    data, scale, _, _ = quantized(rng, n, k, fmt)
-    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
-    bias = rng.standard_normal(n).astype(np.float32)
-    residual = rng.standard_normal((2, n, *out)).astype(np.float32)
-    residual[1, -1, -1, -1, -1] = np.nan
-
-    def run(threads, low, high, residual):
-        return _core.conv(
-            isa, threads, x, data, text, n, k, scale, bias, activations, low, high,
-            groups, kernel, strides, dilations, pads, out, residual=residual,
-        )  # fmt: skip
-
-    expected = clamp(run(1, -INF, INF, None) + residual, 0.0, 2.0)
-    for threads in (1, 2):
-        np.testing.assert_array_equal(run(threads, 0.0, 2.0, residual), expected)
-
-
-@pytest.mark.parametrize(("activation_format", "scale"), STATIC)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conv_rounds_activations_to_a_static_format(shape, activation_format, scale):
-    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
-    rng = np.random.default_rng(12)
-    taps = int(np.prod(kernel))
-    fmt, k = AfpFormat(2, 2), taps * channels // groups
-    activation, scale = AfpFormat.parse(activation_format), round_scale(fmt, scale, "real")
-    data, scales, _, weight = quantized(rng, n, k, fmt)
-    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
-    of = channels, n, groups, taps
-    planar = _core.conv_is_planar(*of) and not _core.conv_is_depthwise(*of)
-    rows = x if planar else fake_quantize(x, activation, scale)
-    geometry = groups, kernel, strides, dilations, pads, out
-    exact = naive_conv(rows, weight, *geometry)
-    bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
-    first = None
-    for isa in _core.kernels.isa_names():
-        for threads in (1, 2):
-            y = _core.conv(
-                isa, threads, x, data, "e2m2", n, k, scales, None, "a8", -INF, INF,
-                groups, kernel, strides, dilations, pads, out, activation_format, scale,
-            )  # fmt: skip
-            assert (np.abs(y - exact) <= bound).all()
-            first = y if first is None else first
-            np.testing.assert_array_equal(y, first)
-
-
-def test_a_sample_does_not_depend_on_its_batch(isa):
-    rng = np.random.default_rng(7)
-    fmt = AfpFormat(2, 2)
-    data, scale, _, _ = quantized(rng, 16, 72, fmt)
-    x = rng.standard_normal((3, 8, 1, 9, 9)).astype(np.float32) * np.array([1, 100, 0.01]).reshape(
-        3, 1, 1, 1, 1
-    ).astype(np.float32)
-
-    def run(batch):
-        ones = (1, 1, 1)
-        return _core.conv(
-            isa, 1, batch, data, "e2m2", 16, 72, scale, None, "a8", -INF, INF,
-            1, (1, 3, 3), ones, ones, (0, 1, 1), (1, 9, 9),
-        )  # fmt: skip
-
-    whole = run(x)
-    for i in range(3):
-        np.testing.assert_array_equal(run(x[i : i + 1]), whole[i : i + 1])
 
 
 @pytest.mark.parametrize("text", FORMATS)

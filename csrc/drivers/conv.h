@@ -29,6 +29,10 @@ struct ConvShape {
   size_t num_taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   size_t num_in() const { return in[0] * in[1] * in[2]; }
   size_t num_out() const { return out[0] * out[1] * out[2]; }
+  // From the first tap of an output to its last.
+  size_t reach(int axis) const { return (kernel[axis] - 1) * dilations[axis]; }
+  // What all outputs read of an axis, padding included.
+  size_t num_reached(int axis) const { return (out[axis] - 1) * strides[axis] + reach(axis) + 1; }
   size_t group_in() const { return channels_in / groups; }
   size_t group_out() const { return channels_out / groups; }
 };

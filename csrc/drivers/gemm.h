@@ -25,6 +25,8 @@
 
 namespace afpq {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
 enum class Activations { kF32 = 0, kA8 = 1, kA16 = 2 };  // the value is the number of byte planes
 
 // How lhs becomes rows. A mode alone gives every row a scale of its own; kA8 with a scale rounds

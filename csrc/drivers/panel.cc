@@ -1,14 +1,11 @@
 #include "drivers/panel.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace afpq {
 namespace {
 
 constexpr float kNoBias[kPanelN] = {};
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 size_t dst_at(const GemmJob& job, const Panel& panel, size_t first) {
   return first * job.row_stride + panel.dst_channel * job.channel_stride;
@@ -153,11 +150,8 @@ void store_rows(const GemmJob& job, const Panel& panel, size_t first, size_t cou
   job.kernels->store_u8_f32(&bytes);
   if (job.byte_rows.bytes) return;
   // Finished rows go to their places: times 1, plus nothing.
-  static constexpr float kOnes[kBlockRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                                              1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                                              1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   AfpqStore store = store_of(job, panel, first, count, scaled);
-  store.row_scales = kOnes;
+  store.row_scales = kOnes.data();
   store.bias = kNoBias;
   job.kernels->store_f32(&store);
 }

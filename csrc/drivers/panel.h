@@ -2,12 +2,22 @@
 // sums.
 #pragma once
 
+#include <array>
+
 #include "drivers/gemm.h"
 
 namespace afpq {
 
 // Rows whose sums and floats stay in L1 (a multiple of 16 and of 6).
 constexpr size_t kBlockRows = 48;
+
+// Row scales of rows that are finished.
+constexpr std::array<float, kBlockRows> make_ones() {
+  std::array<float, kBlockRows> ones = {};
+  for (size_t i = 0; i < kBlockRows; ++i) ones[i] = 1.0f;
+  return ones;
+}
+inline constexpr std::array<float, kBlockRows> kOnes = make_ones();
 
 // The part of a job that one task works on.
 struct Panel {

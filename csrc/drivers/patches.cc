@@ -54,31 +54,30 @@ void copy_runs(const Runs& runs, const T* src, T* dst) {
 }  // namespace
 
 PaddedInput::PaddedInput(const ConvShape& shape) : channels(shape.channels_in) {
-  for (int axis = 0; axis < 3; ++axis) {
-    extent[axis] = (shape.out[axis] - 1) * shape.strides[axis] +
-                   (shape.kernel[axis] - 1) * shape.dilations[axis] + 1;
-  }
+  for (int axis = 0; axis < 3; ++axis) extent[axis] = shape.num_reached(axis);
+}
+
+template <typename T>
+void copy_line(const ConvShape& shape, const T* src, size_t channels, size_t z, size_t y, T padding,
+               T* dst) {
+  const auto outside = [&](size_t at, int axis) { return at - shape.pads[axis] >= shape.in[axis]; };
+  const size_t width = shape.num_reached(2);
+  if (outside(z, 0) || outside(y, 1)) return std::fill(dst, dst + width * channels, padding);
+  const size_t line = (z - shape.pads[0]) * shape.in[1] + y - shape.pads[1];
+  const size_t begin = std::min(shape.pads[2], width);
+  const size_t count = std::min(shape.in[2], width - begin);
+  T* middle = dst + begin * channels;
+  std::fill(dst, middle, padding);
+  std::memcpy(middle, src + line * shape.in[2] * channels, count * channels * sizeof(T));
+  std::fill(middle + count * channels, dst + width * channels, padding);
 }
 
 template <typename T>
 void pad_input(const ConvShape& shape, const T* src, T padding, T* dst) {
   const PaddedInput input(shape);
-  const auto outside = [&](size_t at, int axis) { return at - shape.pads[axis] >= shape.in[axis]; };
-  const size_t width = input.extent[2], begin = std::min(shape.pads[2], width);
-  const size_t count = std::min(shape.in[2], width - begin);
   for (size_t z = 0; z < input.extent[0]; ++z) {
-    for (size_t y = 0; y < input.extent[1]; ++y, dst += width * input.channels) {
-      if (outside(z, 0) || outside(y, 1)) {
-        std::fill(dst, dst + width * input.channels, padding);
-        continue;
-      }
-      const size_t line = (z - shape.pads[0]) * shape.in[1] + y - shape.pads[1];
-      T* middle = dst + begin * input.channels;
-      std::fill(dst, middle, padding);
-      std::memcpy(middle, src + line * shape.in[2] * input.channels,
-                  count * input.channels * sizeof(T));
-      std::fill(middle + count * input.channels, dst + width * input.channels, padding);
-    }
+    for (size_t y = 0; y < input.extent[1]; ++y, dst += input.extent[2] * input.channels)
+      copy_line(shape, src, input.channels, z, y, padding, dst);
   }
 }
 
@@ -105,6 +104,7 @@ void gather_patches(const ConvShape& shape, const T* padded, size_t row, const P
   });
 }
 
+template void copy_line(const ConvShape&, const float*, size_t, size_t, size_t, float, float*);
 template void pad_input(const ConvShape&, const uint8_t*, uint8_t, uint8_t*);
 template void pad_input(const ConvShape&, const int16_t*, int16_t, int16_t*);
 template void pad_input(const ConvShape&, const float*, float, float*);

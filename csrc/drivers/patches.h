@@ -15,6 +15,12 @@ struct PaddedInput {
   size_t num_elements() const { return extent[0] * extent[1] * extent[2] * channels; }
 };
 
+// One line of an input [in...][channels] with its padding: num_reached(2) pixels. z and y count
+// from where the padding begins.
+template <typename T>
+void copy_line(const ConvShape& shape, const T* src, size_t channels, size_t z, size_t y, T padding,
+               T* dst);
+
 // The input [in...][channels_in] into the middle of `padding`: dst[num_elements()]. T: uint8_t,
 // int16_t or float.
 template <typename T>

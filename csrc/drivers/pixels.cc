@@ -11,7 +11,6 @@
 // A panel is as wide as stays in L1, and wide enough for outputs to be written in long runs.
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
@@ -192,7 +191,6 @@ struct Planes {
 void multiply(const Job& job, const RowQuantizer& quantizer, size_t strip, const uint8_t* panel,
               size_t block, const uint8_t* rhs, const Planes& dst) {
   static constexpr float kNoBias[kTileN] = {};
-  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const PackedWeight& weight = *job.op.weight;
   const size_t channel = block * kTileN;
   const bool joined = weight.format.num_planes() > job.products.rhs_planes;

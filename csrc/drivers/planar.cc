@@ -13,7 +13,6 @@
 // Where bytes are wanted, all channels of a strip are made before it is rounded, so that its floats
 // need not leave the cache.
 #include <algorithm>
-#include <limits>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
@@ -25,7 +24,6 @@ constexpr size_t kStripElements = 7168;        // of input rows: 28 KB
 constexpr size_t kStripRows = 4;               // kernels like multiples of it
 constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
 constexpr size_t kFloats = size_t{1} << 15;    // of a strip that becomes bytes
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A strip is `height` output rows (less at the end) at one depth.
 struct Strips {
@@ -39,19 +37,15 @@ struct Strips {
   size_t count;  // of an output plane
 };
 
-size_t reach(const ConvShape& shape, int axis) {
-  return (shape.kernel[axis] - 1) * shape.dilations[axis];
-}
-
 Strips strips_of(const ConvShape& shape, bool to_bytes) {
   Strips strips;
   strips.cut = shape.strides[2] > 1 && shape.group_out() > 1;
-  strips.extent = shape.out[2] + reach(shape, 2) / shape.strides[2] + 1;
+  strips.extent = shape.out[2] + shape.reach(2) / shape.strides[2] + 1;
   strips.row = strips.extent * shape.strides[2];
   strips.planes = shape.group_in() * shape.kernel[0];
   const size_t rows = kStripElements / (strips.row * strips.planes);
   const size_t fitting =
-      rows > reach(shape, 1) ? (rows - reach(shape, 1) - 1) / shape.strides[1] + 1 : 1;
+      rows > shape.reach(1) ? (rows - shape.reach(1) - 1) / shape.strides[1] + 1 : 1;
   strips.height = shape.group_out() == 1 ? shape.out[1]
                   : fitting < kStripRows ? fitting
                                          : fitting / kStripRows * kStripRows;
@@ -61,7 +55,7 @@ Strips strips_of(const ConvShape& shape, bool to_bytes) {
   }
   strips.height = std::min(strips.height, shape.out[1]);
   strips.per_depth = ceil_div(shape.out[1], strips.height);
-  strips.rows = (strips.height - 1) * shape.strides[1] + reach(shape, 1) + 1;
+  strips.rows = (strips.height - 1) * shape.strides[1] + shape.reach(1) + 1;
   strips.count = shape.out[0] * strips.per_depth;
   return strips;
 }

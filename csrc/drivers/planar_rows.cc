@@ -2,12 +2,11 @@
 // network. The input rows of a strip of outputs are copied with their padding, so that taps are
 // plain offsets, and sums have channels in the lanes, as bytes have them.
 #include <algorithm>
-#include <array>
-#include <cstring>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
 #include "drivers/panel.h"
+#include "drivers/patches.h"
 
 namespace afpq {
 namespace {
@@ -24,13 +23,12 @@ struct Strips {
   size_t count;  // of a sample
 
   explicit Strips(const ConvShape& shape) {
-    const auto reach = [&](int axis) { return (shape.kernel[axis] - 1) * shape.dilations[axis]; };
     planes = shape.channels_in * shape.kernel[0];
-    width = (shape.out[2] - 1) * shape.strides[2] + reach(2) + 1;
+    width = shape.num_reached(2);
     const size_t fitting = kStripElements / (planes * width);
-    height = fitting > reach(1) ? (fitting - reach(1) - 1) / shape.strides[1] + 1 : 1;
+    height = fitting > shape.reach(1) ? (fitting - shape.reach(1) - 1) / shape.strides[1] + 1 : 1;
     height = std::min(height, shape.out[1]);
-    rows = (height - 1) * shape.strides[1] + reach(1) + 1;
+    rows = (height - 1) * shape.strides[1] + shape.reach(1) + 1;
     per_depth = ceil_div(shape.out[1], height);
     count = shape.out[0] * per_depth;
   }
@@ -79,19 +77,6 @@ struct Workspace {
   }
 };
 
-// The input row at (depth, y), which count from where the padding begins, as a row of a strip.
-void copy_row(const ConvShape& shape, size_t width, const float* plane, size_t depth, size_t y,
-              float* dst) {
-  const auto outside = [&](size_t at, int axis) { return at - shape.pads[axis] >= shape.in[axis]; };
-  if (outside(depth, 0) || outside(y, 1)) return std::fill(dst, dst + width, 0.0f);
-  const size_t row = (depth - shape.pads[0]) * shape.in[1] + y - shape.pads[1];
-  const size_t begin = std::min(shape.pads[2], width);
-  const size_t count = std::min(shape.in[2], width - begin);
-  std::fill(dst, dst + begin, 0.0f);
-  std::memcpy(dst + begin, plane + row * shape.in[2], count * sizeof(float));
-  std::fill(dst + begin + count, dst + width, 0.0f);
-}
-
 // The input rows of the strip that begins at (z, y). src: a sample.
 void copy_strip(const ConvShape& shape, const Strips& strips, size_t z, size_t y, const float* src,
                 float* dst) {
@@ -99,7 +84,7 @@ void copy_strip(const ConvShape& shape, const Strips& strips, size_t z, size_t y
     for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
       const size_t depth = z * shape.strides[0] + kz * shape.dilations[0];
       for (size_t r = 0; r < strips.rows; ++r, dst += strips.width)
-        copy_row(shape, strips.width, src, depth, y * shape.strides[1] + r, dst);
+        copy_line(shape, src, 1, depth, y * shape.strides[1] + r, 0.0f, dst);
     }
   }
 }
@@ -108,11 +93,6 @@ void copy_strip(const ConvShape& shape, const Strips& strips, size_t z, size_t y
 void finish_row(const Conv& op, const ConvShape& shape, const PlanarEnd& end, const Workspace& work,
                 const float* src, uint8_t* dst) {
   static constexpr float kZeros[kPanelN] = {};
-  static const auto kOnes = [] {
-    std::array<float, kBlockRows> ones;
-    ones.fill(1.0f);
-    return ones;
-  }();
   const AfpqQuantize quantize = step_quantizer(op.dst_rounding);
   AfpqPlanarRows args = {};
   args.taps = work.taps;

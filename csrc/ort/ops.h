@@ -1,7 +1,6 @@
 // The ops of the domain `afpq`, version 1. The specification is docs/specification.md.
 #pragma once
 
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -10,8 +9,6 @@
 #include "ort/weight.h"
 
 namespace afpq::ort {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Y[..., n] = clamp(X[..., k] * weight^T + bias)
 class MatMulOp {

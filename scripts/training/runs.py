@@ -40,12 +40,9 @@ def _run(case: Case, seed: int, epochs: int) -> tuple[Outcome, float]:
     return outcome, time.perf_counter() - begin
 
 
-def _about(case: Case) -> dict[str, object]:
-    """What a result depends on besides its recipe."""
+def _gpu(case: Case) -> dict[str, str]:
     device = device_of(case.recipe)
-    on_gpu = device.type == "cuda"
-    gpu = {"gpu": torch.cuda.get_device_name(device)} if on_gpu else {}
-    return {**facts(), "torch": torch.__version__, **gpu}
+    return {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
 
 
 def read_results() -> dict:
@@ -95,18 +92,19 @@ def run_cases(cases: Sequence[Case], chosen: argparse.Namespace) -> dict:
             key = _key(case, seed, chosen.epochs or task.epochs)
             if chosen.again or key not in results["runs"]:
                 missing.append((key, case, seed, chosen.epochs or task.epochs))
+    about = {**facts(), "torch": torch.__version__}  # what a result depends on besides its recipe
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, chosen.jobs), context) as pool:
         running = {
-            pool.submit(_run, case, seed, epochs): (key, _about(case))
+            pool.submit(_run, case, seed, epochs): (key, {**about, **_gpu(case)})
             for key, case, seed, epochs in missing
         }
         for done in as_completed(running):
             outcome, seconds = done.result()
-            key, about = running[done]
+            key, place = running[done]
             print(f"{key}: {outcome} in {seconds:.0f} s", file=sys.stderr, flush=True)
             results = read_results()  # another script may have written
-            results["runs"][key] = {**asdict(outcome), "seconds": round(seconds, 1), **about}
+            results["runs"][key] = {**asdict(outcome), "seconds": round(seconds, 1), **place}
             write_results(results)
     return results
 

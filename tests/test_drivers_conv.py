@@ -1,0 +1,172 @@
+"""Convolutions of drivers against their definition, on every instruction set and number of threads."""
+
+import numpy as np
+import pytest
+from driver_cases import PLANES, STATIC, quantized, rounded_rows
+from kernel_arrays import INF, clamp
+
+from afpq import _core
+from afpq.formats import AfpFormat, fake_quantize, round_scale
+
+
+def naive_conv(x, weight, groups, kernel, strides, dilations, pads, out):
+    """float64 convolution by the definition; weight [n, taps * channels per group]."""
+    batch, channels = x.shape[:2]
+    size = channels // groups
+    reach = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations)]
+    padded = np.zeros(
+        (batch, channels, *[max(r, i + p) for r, i, p in zip(reach, x.shape[2:], pads)])
+    )
+    padded[(slice(None), slice(None), *[slice(p, p + i) for i, p in zip(x.shape[2:], pads)])] = x
+    columns = np.empty((batch, groups, int(np.prod(kernel)), size, *out))
+    for t, tap in enumerate(np.ndindex(*kernel)):
+        window = [
+            slice(j * d, j * d + (o - 1) * s + 1, s)
+            for j, d, o, s in zip(tap, dilations, out, strides)
+        ]
+        columns[:, :, t] = padded[(slice(None), slice(None), *window)].reshape(
+            batch, groups, size, *out
+        )
+    columns = columns.reshape(batch, groups, -1, int(np.prod(out)))
+    grouped = weight.reshape(groups, -1, weight.shape[1])
+    return np.einsum("bgkp,gnk->bgnp", columns, grouped).reshape(batch, -1, *out)
+
+
+# channels in, channels out, groups, input, kernel, strides, dilations, pads before, output
+SHAPES = [
+    (3, 20, 1, (1, 13, 17), (1, 5, 5), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 9)),
+    (6, 20, 1, (1, 9, 9), (1, 3, 3), (1, 3, 3), (1, 1, 1), (0, 1, 1), (1, 3, 3)),
+    (3, 3, 3, (1, 16, 16), (1, 4, 4), (1, 3, 3), (1, 1, 1), (0, 2, 2), (1, 6, 6)),
+    (3, 20, 1, (1, 13, 17), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 9)),
+    (8, 16, 1, (1, 9, 9), (1, 3, 3), (1, 1, 1), (1, 2, 2), (0, 2, 2), (1, 9, 9)),
+    (16, 40, 1, (1, 7, 7), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 7, 7)),
+    (24, 70, 1, (1, 8, 8), (1, 1, 1), (1, 2, 2), (1, 1, 1), (0, 0, 0), (1, 4, 4)),
+    (16, 16, 16, (1, 13, 9), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 7, 5)),
+    (6, 6, 6, (1, 11, 12), (1, 5, 5), (1, 1, 1), (1, 2, 2), (0, 4, 4), (1, 11, 12)),
+    (8, 32, 2, (1, 6, 6), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 6, 6)),
+    (12, 6, 3, (1, 6, 6), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 4, 4)),
+    (4, 8, 4, (1, 6, 6), (1, 2, 3), (1, 3, 2), (1, 1, 1), (0, 0, 1), (1, 2, 3)),
+    (1, 64, 1, (1, 49, 10), (1, 10, 4), (1, 2, 2), (1, 1, 1), (0, 4, 1), (1, 25, 5)),
+    (2, 32, 1, (1, 1, 40), (1, 1, 7), (1, 1, 3), (1, 1, 1), (0, 0, 3), (1, 1, 14)),
+    (4, 18, 1, (5, 6, 7), (3, 3, 3), (2, 1, 2), (1, 1, 1), (1, 1, 1), (3, 6, 4)),
+    (8, 50, 1, (1, 40, 44), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 40, 44)),
+    (16, 24, 1, (1, 60, 50), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 60, 50)),
+    (4, 17, 1, (1, 14, 14), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 14, 14)),
+    (32, 18, 1, (1, 9, 30), (1, 5, 3), (1, 2, 1), (1, 1, 4), (0, 6, 5), (1, 9, 32)),
+    (8, 16, 1, (1, 1, 700), (1, 1, 5), (1, 1, 1), (1, 1, 1), (0, 0, 2), (1, 1, 700)),
+    (40, 40, 40, (1, 33, 41), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 33, 41)),
+    (24, 24, 24, (1, 20, 35), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 10, 18)),
+    (3, 38, 1, (1, 50, 70), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 25, 35)),
+    (1, 7, 1, (1, 30, 30), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 30, 30)),
+    (4, 4, 4, (5, 6, 7), (3, 2, 3), (2, 1, 2), (1, 2, 1), (1, 1, 1), (3, 6, 4)),
+]
+
+
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+@pytest.mark.parametrize("text", ["e2m2", "e3m3", "e4m1"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
+    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
+    rng = np.random.default_rng(6)
+    fmt, k = AfpFormat.parse(text), int(np.prod(kernel)) * channels // groups
+    data, scale, _, weight = quantized(rng, n, k, fmt)
+    x = np.maximum(rng.standard_normal((2, channels, *size)), -0.5).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    planar = (
+        n // groups % 16 != 0 or channels // groups % 4 != 0
+        if groups > 1
+        else channels < 4 and k <= 64
+    )
+    planes = 0 if planar or fmt.kernel_class == "wide" else PLANES[activations]
+    rows = rounded_rows(x.reshape(2, -1), planes).reshape(x.shape)
+    geometry = groups, kernel, strides, dilations, pads, out
+    exact = naive_conv(rows, weight, *geometry) + bias[:, None, None, None]
+    bound = (
+        (k + 4)
+        * 2.0**-24
+        * (naive_conv(np.abs(rows), np.abs(weight), *geometry) + np.abs(bias)[:, None, None, None])
+    )
+    first = None
+    for isa in _core.kernels.isa_names():
+        for threads in (1, 2):
+            y = _core.conv(
+                isa, threads, x, data, text, n, k, scale, bias, activations, -INF, 3.0,
+                groups, kernel, strides, dilations, pads, out,
+            )  # fmt: skip
+            assert (np.abs(y - np.minimum(exact, 3.0)) <= bound).all()
+            first = y if first is None else first
+            np.testing.assert_array_equal(y, first)
+
+
+@pytest.mark.parametrize(
+    ("text", "activations"),
+    [("e2m2", "f32"), ("e2m2", "a8"), ("e2m2", "a16"), ("e3m3", "a16"), ("e4m1", "a8")],
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_residual_is_added_as_an_operator_behind_would(isa, shape, text, activations):
+    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
+    rng = np.random.default_rng(13)
+    fmt, k = AfpFormat.parse(text), int(np.prod(kernel)) * channels // groups
+    data, scale, _, _ = quantized(rng, n, k, fmt)
+    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    residual = rng.standard_normal((2, n, *out)).astype(np.float32)
+    residual[1, -1, -1, -1, -1] = np.nan
+
+    def run(threads, low, high, residual):
+        return _core.conv(
+            isa, threads, x, data, text, n, k, scale, bias, activations, low, high,
+            groups, kernel, strides, dilations, pads, out, residual=residual,
+        )  # fmt: skip
+
+    expected = clamp(run(1, -INF, INF, None) + residual, 0.0, 2.0)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(run(threads, 0.0, 2.0, residual), expected)
+
+
+@pytest.mark.parametrize(("activation_format", "scale"), STATIC)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv_rounds_activations_to_a_static_format(shape, activation_format, scale):
+    channels, n, groups, size, kernel, strides, dilations, pads, out = shape
+    rng = np.random.default_rng(12)
+    taps = int(np.prod(kernel))
+    fmt, k = AfpFormat(2, 2), taps * channels // groups
+    activation, scale = AfpFormat.parse(activation_format), round_scale(fmt, scale, "real")
+    data, scales, _, weight = quantized(rng, n, k, fmt)
+    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
+    of = channels, n, groups, taps
+    planar = _core.conv_is_planar(*of) and not _core.conv_is_depthwise(*of)
+    rows = x if planar else fake_quantize(x, activation, scale)
+    geometry = groups, kernel, strides, dilations, pads, out
+    exact = naive_conv(rows, weight, *geometry)
+    bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
+    first = None
+    for isa in _core.kernels.isa_names():
+        for threads in (1, 2):
+            y = _core.conv(
+                isa, threads, x, data, "e2m2", n, k, scales, None, "a8", -INF, INF,
+                groups, kernel, strides, dilations, pads, out, activation_format, scale,
+            )  # fmt: skip
+            assert (np.abs(y - exact) <= bound).all()
+            first = y if first is None else first
+            np.testing.assert_array_equal(y, first)
+
+
+def test_a_sample_does_not_depend_on_its_batch(isa):
+    rng = np.random.default_rng(7)
+    fmt = AfpFormat(2, 2)
+    data, scale, _, _ = quantized(rng, 16, 72, fmt)
+    x = rng.standard_normal((3, 8, 1, 9, 9)).astype(np.float32) * np.array([1, 100, 0.01]).reshape(
+        3, 1, 1, 1, 1
+    ).astype(np.float32)
+
+    def run(batch):
+        ones = (1, 1, 1)
+        return _core.conv(
+            isa, 1, batch, data, "e2m2", 16, 72, scale, None, "a8", -INF, INF,
+            1, (1, 3, 3), ones, ones, (0, 1, 1), (1, 9, 9),
+        )  # fmt: skip
+
+    whole = run(x)
+    for i in range(3):
+        np.testing.assert_array_equal(run(x[i : i + 1]), whole[i : i + 1])
