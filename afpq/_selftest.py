@@ -94,14 +94,15 @@ def _products(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         yield _into("depthwise_s32_u8_s16", np.int32, dst, taps, by_tap)
     columns = rng.integers(-3000, 3000, (1, 16), np.int32)
     of_channels = (_floats(rng, 16), _floats(rng, 16), 0.3, _LOW, _HIGH)
-    planes = rng.integers(0, 256, (_TILES, 48, 4), np.uint8)
+    rows = ([0, 7], 41, 11, 8)  # taps, pixels, pitch and size of a row
+    planes = rng.integers(0, 256, (_TILES, 64, 4), np.uint8)
     for limit in (15, 31, 63):
-        small = rng.integers(-limit, limit, (1, _TILES, 64), np.int8, endpoint=True)
-        args = (planes, small, 41, limit, 7, columns, *of_channels)
-        yield _into("gemm_pixels_f32_u8_s8", np.float32, (16, 41), *args)
-    pairs = rng.integers(-(2**15), 2**15, (2 * _TILES, 48, 2), np.int16)
-    args = (pairs, weights[:1, :_TILES], 41, 0, -9, columns, *of_channels)
-    yield _into("gemm_pixels_f32_s16_s16", np.float32, (16, 41), *args)
+        small = rng.integers(-limit, limit, (1, 2 * _TILES, 64), np.int8, endpoint=True)
+        args = (planes, *rows, small, limit, 7, columns, *of_channels)
+        yield _into("gemm_pixels_f32_u8_s8", np.float32, (16, 32), *args)
+    pairs = rng.integers(-(2**15), 2**15, (2 * _TILES, 64, 2), np.int16)
+    args = (pairs, *rows, weights[:1], 0, -9, columns, *of_channels)
+    yield _into("gemm_pixels_f32_s16_s16", np.float32, (16, 32), *args)
 
 
 def _quantizers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:

@@ -98,6 +98,32 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
             np.testing.assert_array_equal(y, first)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_taps_of_any_geometry(seed):
+    rng = np.random.default_rng(seed)
+    kernel, strides, dilations = ((1, *map(int, rng.integers(1, 4, 2))) for _ in range(3))
+    pads, out = (0, *map(int, rng.integers(0, 6, 2))), (1, int(rng.integers(1, 9)), 16)
+    size = (1, *map(int, rng.integers(1, 40, 2)))
+    channels, n = int(rng.choice([4, 8, 20])), int(rng.integers(1, 40))
+    fmt, k = AfpFormat(2, 2), int(np.prod(kernel)) * channels
+    data, scale, _, weight = quantized(rng, n, k, fmt)
+    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
+    geometry = 1, kernel, strides, dilations, pads, out
+    for activations in ("a8", "a16"):
+        rows = rounded_rows(x.reshape(2, -1), PLANES[activations]).reshape(x.shape)
+        exact = naive_conv(rows, weight, *geometry)
+        bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
+        first = None
+        for isa in _core.kernels.isa_names():
+            for threads in (1, 2):
+                y = _core.conv(
+                    isa, threads, x, data, "e2m2", n, k, scale, None, activations, -INF, INF, *geometry
+                )  # fmt: skip
+                assert (np.abs(y - exact) <= bound).all()
+                first = y if first is None else first
+                np.testing.assert_array_equal(y, first)
+
+
 @pytest.mark.parametrize(
     ("text", "activations"),
     [("e2m2", "f32"), ("e2m2", "a8"), ("e2m2", "a16"), ("e3m3", "a16"), ("e4m1", "a8")],

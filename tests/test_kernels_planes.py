@@ -1,5 +1,6 @@
 """Kernels on channel planes against their definitions in NumPy: pixels in the lanes, and straight from floats."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,44 +14,61 @@ from afpq.formats import AfpFormat
 kernels = _core.kernels
 
 
-def pixel_sums(lhs: Array, rhs: Array, zero_point: int, channels: int) -> Array:
-    """lhs: [groups, pixels, steps], rhs: [tiles, 64] -> exact sums as float32 [channels, pixels]."""
+def pixel_sums(
+    lhs: Array, taps: list[int], pixels: Array, rhs: Array, zero_point: int, channels: int
+) -> Array:
+    """lhs: [groups of a tap, pixels, steps], rhs: [tiles, 64] -> exact sums as float32 [channels, pixels]."""
+    lhs = np.concatenate([lhs[:, tap + pixels] for tap in taps])
     weights = rhs.reshape(len(lhs), 16, -1)[:, :channels].astype(np.int64)
     return np.einsum("gxj,gcj->cx", lhs.astype(np.int64) - zero_point, weights).astype(np.float32)
 
 
+# Taps and, of so many pixels, the pitch and the size of rows.
+PIXEL_ROWS = [
+    ([0], lambda n: (n, n)),
+    ([0, 1, 7], lambda n: (9, 8)),
+    ([5, 0], lambda n: (n // 2 + 1, n // 3 + 1)),
+]
+
+
+@pytest.mark.parametrize("taps, rows", PIXEL_ROWS, ids=["one tap", "3 taps", "2 taps"])
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 11, 40])
 @pytest.mark.parametrize("kind", [1, 16, 17, 32, 33, 64, 128, "words", "pairs"])
-def test_gemm_of_pixels_is_exact_and_rounds_once(isa: str, kind: Any, tiles: int) -> None:
+def test_gemm_of_pixels_is_exact_and_rounds_once(
+    isa: str, kind: Any, tiles: int, taps: list[int], rows: Callable[[int], tuple[int, int]]
+) -> None:
     words = isinstance(kind, str)
     if not words and kind > kernels.a8_byte_limit(isa):
         return  # such weights go as words
     steps, planes = 2 if words else 4, 1 + (kind == "pairs")
     for pixels, channels in [(n, 1 + n % 16) for n in (*range(1, 36), 49, 196)]:
         rng = np.random.default_rng(pixels)
-        shape = (4 * tiles // steps, -(-pixels // 16) * 16, steps)
+        pitch, size = rows(pixels)
+        written = np.flatnonzero(np.arange(pixels) % pitch < size)
+        shape = (4 * tiles // steps, -(-pixels // 16) * 16 + max(taps), steps)
+        all_tiles = len(taps) * tiles
         if words:
             lhs = rng.integers(-(2**15), 2**15, shape, np.int16)
-            rhs = rng.integers(-300 // tiles, 300 // tiles, (planes, tiles, 64), np.int16)
+            rhs = rng.integers(-300 // tiles, 300 // tiles, (planes, all_tiles, 64), np.int16)
             zero_point, limit = int(rng.integers(-(2**15), 2**15)), 0
         else:
             lhs = rng.integers(0, 256, shape, np.uint8)
-            rhs = rng.integers(-kind, min(kind, 127), (1, tiles, 64), endpoint=True).astype(np.int8)
+            rhs = rng.integers(-kind, min(kind, 127), (1, all_tiles, 64), np.int8, endpoint=True)
             zero_point, limit = int(rng.integers(0, 256)), kind
         columns = rhs.reshape(planes, -1, 16, steps).sum((1, 3), dtype=np.int32)[:, :channels]
         scales, bias = floats(rng, channels), floats(rng, channels)
         low, high = [(-INF, INF), (0.0, 6.0)][pixels % 2]
-        value = pixel_sums(lhs[:, :pixels], rhs[0], zero_point, channels)
+        value = pixel_sums(lhs, taps, written, rhs[0], zero_point, channels)
         if planes == 2:
-            more = pixel_sums(lhs[:, :pixels], rhs[1], zero_point, channels)
+            more = pixel_sums(lhs, taps, written, rhs[1], zero_point, channels)
             value = fma(more, np.float32(256), value)
         expected = fma(value * scales[:, None], np.float32(0.3), bias[:, None])
         run = kernels.gemm_pixels_f32_s16_s16 if words else kernels.gemm_pixels_f32_u8_s8
         args = [limit, zero_point, guarded(columns), guarded(scales), guarded(bias), 0.3, low, high]
-        with output((channels, pixels + 3), np.float32, 7) as dst:
-            run(isa, guarded(lhs), guarded(rhs), pixels, *args, dst)
-            assert_same_bits(dst[:, :pixels], clamp(expected, low, high), (pixels, channels))
-            assert (dst[:, pixels:] == 7).all()
+        with output((channels, len(written) + 3), np.float32, 7) as dst:
+            run(isa, guarded(lhs), taps, pixels, pitch, size, guarded(rhs), *args, dst)
+            assert_same_bits(dst[:, : len(written)], clamp(expected, low, high), (pixels, channels))
+            assert (dst[:, len(written) :] == 7).all()
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])

@@ -1,5 +1,8 @@
 // The kernels of `_core.kernels` that work on planes: convolutions with pixels in the lanes or
 // straight from floats.
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -38,30 +41,36 @@ void quantize_pixels_s16_f32(const std::string& isa, Array<const float, 2> src, 
                                         &q);
 }
 
-// lhs: [groups, pixel_stride, steps], rhs: [planes, num_tiles, 64], column_sums: [planes,
-// num_channels], dst: [num_channels, channel_stride]
+// lhs: [groups of a tap, pixel_stride, steps], taps: pixels, rhs: [planes, num_tiles, 64],
+// column_sums: [planes, num_channels], dst: [num_channels, channel_stride]
 template <typename Lhs, typename Rhs, auto kMember>
-void gemm_pixels(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rhs, 3> rhs,
-                 size_t num_pixels, int limit, int32_t zero_point,
-                 Array<const int32_t, 2> column_sums, Array<const float, 1> scales,
-                 Array<const float, 1> bias, float row_scale, float low, float high,
-                 Array<float, 2> dst) {
+void gemm_pixels(const std::string& isa, Array<const Lhs, 3> lhs, const std::vector<size_t>& taps,
+                 size_t num_pixels, size_t row_pitch, size_t row_size, Array<const Rhs, 3> rhs,
+                 int limit, int32_t zero_point, Array<const int32_t, 2> column_sums,
+                 Array<const float, 1> scales, Array<const float, 1> bias, float row_scale,
+                 float low, float high, Array<float, 2> dst) {
   const size_t channels = dst.shape(0);
   const size_t planes = rhs.shape(0);
   require(lhs.shape(2) == 4 / sizeof(Lhs) && rhs.shape(2) == kTileCodes &&
-              lhs.shape(0) * lhs.shape(2) == rhs.shape(1) * kTileK,
-          "lhs must be [groups, pixel_stride, steps], rhs [planes, num_tiles, 64]");
+              taps.size() * lhs.shape(0) * lhs.shape(2) == rhs.shape(1) * kTileK,
+          "lhs must be [groups of a tap, pixel_stride, steps], rhs [planes, num_tiles, 64]");
   require(planes == 1 || (planes == 2 && sizeof(Rhs) == 2),
           "rhs must have one plane, or two of words");
-  require(num_pixels >= 1 && num_pixels <= lhs.shape(1) && num_pixels <= dst.shape(1) &&
-              lhs.shape(1) % 16 == 0,
-          "num_pixels is beyond a stride, or that of lhs is no multiple of 16");
+  const size_t read = *std::max_element(taps.begin(), taps.end()) + (num_pixels + 15) / 16 * 16;
+  require(num_pixels >= 1 && num_pixels <= kMostPixels && read <= lhs.shape(1),
+          "num_pixels is beyond 512, or vectors of 16 pixels are beyond the stride of lhs");
+  require(row_size >= 1 && row_size <= row_pitch &&
+              num_pixels / row_pitch * row_size + std::min(num_pixels % row_pitch, row_size) <=
+                  dst.shape(1),
+          "rows do not fit dst, or row_size is beyond row_pitch");
   require(channels >= 1 && channels <= kTileN && column_sums.shape(0) == planes &&
               column_sums.shape(1) == channels && scales.shape(0) == channels &&
               bias.shape(0) == channels,
           "column_sums, scales and bias must have num_channels, 1..16, elements");
   AfpqPixels args = {};
   args.lhs = lhs.data();
+  args.taps = taps.data();
+  args.num_taps = taps.size();
   args.rhs = rhs.data();
   if (planes == 2) {
     args.rhs_high = rhs.data() + rhs.shape(1) * kTileCodes;
@@ -70,6 +79,8 @@ void gemm_pixels(const std::string& isa, Array<const Lhs, 3> lhs, Array<const Rh
   args.num_tiles = rhs.shape(1);
   args.pixel_stride = lhs.shape(1);
   args.num_pixels = num_pixels;
+  args.row_pitch = row_pitch;
+  args.row_size = row_size;
   args.num_channels = channels;
   args.limit = limit;
   args.zero_point = zero_point;

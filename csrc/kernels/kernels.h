@@ -23,6 +23,7 @@ enum {
   kPanelBlocks = 4,                 // at most so many blocks of 16 channels in a panel
   kPanelN = kTileN * kPanelBlocks,  // 64: row stride of every accumulator tile
   kMaxRows = 6,                     // mr: at most so many rows in a register tile
+  kMostPixels = 512,                // of a product with pixels in the lanes
 };
 
 // Bytes from `begin` to `end`; none if both are null.
@@ -138,18 +139,25 @@ typedef struct AfpqQuantize {
 
 // A product with pixels in the lanes, which makes planes of floats without transposing anything:
 //   S[c][x] = sum over groups g of (steps of group g of pixel x) * (those of channel c)     modulo
-//   2^32 dst[c * channel_stride + x] = clamp(fma((float)(S[c][x] - zero_point * column_sums[c]) *
-//                                            scales[c], row_scale, bias[c]))
+//   2^32 dst[c * channel_stride + at(x)] = clamp(fma((float)(S[c][x] - zero_point * column_sums[c])
+//                                                    * scales[c], row_scale, bias[c]))
 // A group is the 4 bytes of 4 steps or of 2 words. The sums fit int32 once the zero point is out.
 // Words with a second plane of weights have S, and a float F, of each, and fma(F_high, 256, F_low)
-// is scaled.
+// is scaled. Pixels come in rows of row_pitch, of which row_size are written, one row behind the
+// other: at(x) = x / row_pitch * row_size + x % row_pitch, where that remainder is below row_size.
 typedef struct AfpqPixels {
-  const void* lhs;  // [groups][pixel_stride][4 bytes], as quantize_pixels writes it
+  // Group g of tap t of pixel x lies at 4 bytes * (taps[t] + g * pixel_stride + x), as
+  // quantize_pixels writes it. Behind the last pixel, what fills a vector of 16 can be read.
+  const void* lhs;
+  const size_t* taps;
+  size_t num_taps;  // of as many groups each
+  size_t pixel_stride;
   const void* rhs;  // [num_tiles] of one block of 16 channels, as expand_s8_afp or expand_s16_afp
   const void* rhs_high;  // the same of the high plane, or null
-  size_t num_tiles;
-  size_t pixel_stride;  // pixels that can be read in each group: a multiple of 16
-  size_t num_pixels;    // 1..pixel_stride
+  size_t num_tiles;      // of all taps, num_taps divides it
+  size_t num_pixels;     // 1..kMostPixels
+  size_t row_pitch;
+  size_t row_size;      // 1..row_pitch
   size_t num_channels;  // 1..16
   int limit;            // of |rhs| if bytes, at most a8_byte_limit
   int32_t zero_point;

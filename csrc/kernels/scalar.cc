@@ -257,19 +257,19 @@ void store_f32_scalar(const AfpqStore* args) {
 // Behind the functions that it uses.
 #include "scalar_bytes.inc"
 
-// F of channel c and pixel x. Element j of group g: a pixel's at lhs[(g * pixel_stride + x) * steps
-// + j], a channel's at rhs[(g * 16 + c) * steps + j].
+// F of channel c and pixel x. Element j of group g of a tap: a pixel's at lhs[(taps[t] + g *
+// pixel_stride + x) * steps + j]; of group g of all: a channel's at rhs[(g * 16 + c) * steps + j].
 template <typename Lhs, typename Rhs>
 float pixel_sum(const AfpqPixels& p, const Rhs* rhs, const int32_t* column_sums, size_t c,
                 size_t x) {
   constexpr size_t kSteps = 4 / sizeof(Rhs);
+  const size_t groups = p.num_tiles * kTileK / kSteps / p.num_taps;
   const Lhs* lhs = static_cast<const Lhs*>(p.lhs);
   uint32_t sum = 0;
-  for (size_t g = 0; g < p.num_tiles * kTileK / kSteps; ++g) {
-    for (size_t j = 0; j < kSteps; ++j) {
-      sum += static_cast<uint32_t>(lhs[(g * p.pixel_stride + x) * kSteps + j] *
-                                   rhs[(g * kTileN + c) * kSteps + j]);
-    }
+  for (size_t i = 0; i < p.num_taps * groups; ++i) {
+    const size_t at = p.taps[i / groups] + i % groups * p.pixel_stride + x;
+    for (size_t j = 0; j < kSteps; ++j)
+      sum += static_cast<uint32_t>(lhs[at * kSteps + j] * rhs[(i * kTileN + c) * kSteps + j]);
   }
   sum -= static_cast<uint32_t>(p.zero_point) * static_cast<uint32_t>(column_sums[c]);
   return static_cast<float>(static_cast<int32_t>(sum));
@@ -280,9 +280,11 @@ void gemm_pixels(const AfpqPixels& p) {
   const Rhs *rhs = static_cast<const Rhs*>(p.rhs), *high = static_cast<const Rhs*>(p.rhs_high);
   for (size_t c = 0; c < p.num_channels; ++c) {
     for (size_t x = 0; x < p.num_pixels; ++x) {
+      const size_t row = x / p.row_pitch, column = x % p.row_pitch;
+      if (column >= p.row_size) continue;
       float value = pixel_sum<Lhs>(p, rhs, p.column_sums, c, x);
       if (high) value = fmaf(pixel_sum<Lhs>(p, high, p.column_sums_high, c, x), 256.0f, value);
-      p.dst[c * p.channel_stride + x] =
+      p.dst[c * p.channel_stride + row * p.row_size + column] =
           clamp(fmaf(value * p.scales[c], p.row_scale, p.bias[c]), p.low, p.high);
     }
   }

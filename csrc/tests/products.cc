@@ -198,11 +198,16 @@ void compare_pixels(Comparison* comparison, const char* name, int limit, bool hi
   comparison->begin(name);
   Random random(5);
   constexpr bool kWords = sizeof(Lhs) == 2;
-  for (const size_t tiles : {1, 2, 5, 40}) {
+  for (const size_t tiles : {1, 2, 5, 12, 40}) {
     for (const size_t pixels : {1, 3, 4, 5, 15, 16, 17, 31, 48}) {
-      const size_t stride = (pixels + 15) / 16 * 16 + pixels % 2 * 16;
-      const Guarded<Lhs> lhs(
-          random.integers<Lhs>(tiles * stride * kTileK, kWords ? -16384 : 0, kWords ? 16384 : 255));
+      // Taps share groups, and the last columns of a row are not written.
+      const std::vector<size_t> taps =
+          tiles % 4 ? std::vector<size_t>{0} : std::vector<size_t>{0, 1, 9, 21};
+      const size_t pitch = pixels > 4 ? pixels / 2 : pixels, row = (pitch + 1) / 2;
+      const size_t stride = (pixels + 15) / 16 * 16 + pixels % 2 * 16 + taps.back();
+      const size_t width = pixels / pitch * row + std::min(pixels % pitch, row) + 3;
+      const Guarded<Lhs> lhs(random.integers<Lhs>(tiles / taps.size() * stride * kTileK,
+                                                  kWords ? -16384 : 0, kWords ? 16384 : 255));
       const auto weights = [&] { return random.integers<Rhs>(tiles * kTileCodes, -limit, limit); };
       const Guarded<Rhs> rhs(weights()), rhs_high(weights());
       for (const size_t channels : {1, 2, 3, 4, 7, 16}) {
@@ -213,11 +218,15 @@ void compare_pixels(Comparison* comparison, const char* name, int limit, bool hi
           if (high && !high_plane) continue;
           const bool clamped = (pixels + channels) % 2;
           AfpqPixels p = {lhs.data(),
+                          taps.data(),
+                          taps.size(),
+                          stride,
                           rhs.data(),
                           high ? rhs_high.data() : nullptr,
                           tiles,
-                          stride,
                           pixels,
+                          pitch,
+                          row,
                           channels,
                           limit,
                           131,
@@ -229,9 +238,9 @@ void compare_pixels(Comparison* comparison, const char* name, int limit, bool hi
                           clamped ? -0.5f : -__builtin_inff(),
                           clamped ? 6.0f : __builtin_inff(),
                           nullptr,
-                          pixels + 3};
+                          width};
           comparison->results(
-              random.numbers(channels * (pixels + 3)),
+              random.numbers(channels * width),
               text_of("tiles, pixels, channels, high", tiles, pixels, channels, int{high}),
               [&](const AfpqKernels& kernels, float* dst) {
                 p.dst = dst;

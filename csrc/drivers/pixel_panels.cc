@@ -1,0 +1,116 @@
+// 1x1 convolutions with pixels in the lanes.
+//
+//   many strips: for each strip of pixels: round it to a panel, multiply that by all blocks of 16
+//                channels, which are expanded before                                     parallel
+//   few strips:  round all strips, then for each chunk of blocks: expand, multiply       parallel
+//
+// A panel is as wide as stays in L1, and wide enough for outputs to be written in long runs.
+#include <algorithm>
+
+#include "core/scratch.h"
+#include "drivers/pixels.h"
+
+namespace afpq {
+namespace {
+
+constexpr size_t kPanelBytes = size_t{128} << 10;
+constexpr size_t kLeastPanelPixels = 64;
+constexpr size_t kExpandedBytes = size_t{128} << 10;  // of a chunk, in L2
+constexpr size_t kManyStrips = 4;                     // enough for a few threads
+
+struct Panels {
+  const size_t total;  // pixels
+  size_t pixels;       // of a strip, less at the end
+  size_t count;        // strips
+  size_t stride;       // pixels of a row of a panel: odd lines, so that a column spreads over L1
+  size_t bytes;
+
+  explicit Panels(const PixelJob& job) : total(job.shape.num_out()) {
+    const size_t most =
+        std::clamp<size_t>(kPanelBytes / (job.op.weight->k * job.products.element_bytes()),
+                           kLeastPanelPixels, kMostPixels);
+    count = ceil_div(total, most);
+    if (count > 1) count += count % 2;  // for as many threads
+    pixels = ceil_div(ceil_div(total, count), kPixelLanes) * kPixelLanes;
+    count = ceil_div(total, pixels);
+    stride = (pixels / kPixelLanes | 1) * kPixelLanes;
+    bytes = job.groups() * stride * kPixelDword;
+  }
+  size_t pixels_of(size_t strip) const { return std::min(pixels, total - strip * pixels); }
+};
+
+void make_panel(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
+                uint8_t* panel) {
+  quantize_pixels(job, sample, strip * panels.pixels, panels.pixels_of(strip), panels.stride,
+                  panel);
+}
+
+void multiply(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
+              const uint8_t* panel, size_t block, const uint8_t* rhs) {
+  static constexpr size_t kTap = 0;
+  const size_t count = panels.pixels_of(strip);
+  const PixelRows rows = {
+      panel, &kTap, 1, panels.stride, count, count, count, strip * panels.pixels, count};
+  multiply_pixels(job, sample, rows, block, rhs);
+}
+
+void expand_all(const PixelJob& job, uint8_t* dst, const Parallel& parallel) {
+  const size_t blocks = job.op.weight->num_blocks;
+  const size_t step = std::max<size_t>(1, kExpandedBytes / job.block_bytes);
+  parallel_for(parallel, ceil_div(blocks, step), [&](size_t task) {
+    for (size_t b = task * step; b < std::min(blocks, (task + 1) * step); ++b)
+      expand_pixel_block(job, b, dst + b * job.block_bytes);
+  });
+}
+
+void run_many_strips(const PixelJob& job, const Panels& panels, const PixelSample& sample,
+                     const uint8_t* expanded, const Parallel& parallel) {
+  parallel_for(parallel, panels.count, [&](size_t strip) {
+    task_scratch().reset(Scratch::room<uint8_t>(panels.bytes));
+    uint8_t* panel = task_scratch().take<uint8_t>(panels.bytes);
+    make_panel(job, panels, sample, strip, panel);
+    for (size_t b = 0; b < job.op.weight->num_blocks; ++b)
+      multiply(job, panels, sample, strip, panel, b, expanded + b * job.block_bytes);
+  });
+}
+
+void run_few_strips(const PixelJob& job, const Panels& panels, const PixelSample& sample,
+                    uint8_t* made, const Parallel& parallel) {
+  const size_t blocks = job.op.weight->num_blocks;
+  parallel_for(parallel, panels.count, [&](size_t strip) {
+    make_panel(job, panels, sample, strip, made + strip * panels.bytes);
+  });
+  const size_t step = std::max<size_t>(
+      1, std::min(ceil_div(blocks, kPixelTasks), kExpandedBytes / job.block_bytes));
+  parallel_for(parallel, ceil_div(blocks, step), [&](size_t task) {
+    task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
+    uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
+    for (size_t b = task * step; b < std::min(blocks, (task + 1) * step); ++b) {
+      expand_pixel_block(job, b, expanded);
+      for (size_t strip = 0; strip < panels.count; ++strip)
+        multiply(job, panels, sample, strip, made + strip * panels.bytes, b, expanded);
+    }
+  });
+}
+
+}  // namespace
+
+void conv_pixel_panels(const PixelJob& job, const float* src, size_t batch, const ConvTarget& dst,
+                       const Parallel& parallel) {
+  const Panels panels(job);
+  const bool many = panels.count >= kManyStrips;
+  const size_t bytes = many ? job.op.weight->num_blocks * job.block_bytes  // of weights
+                            : panels.count * panels.bytes;
+  layer_scratch().reset(Scratch::room<uint8_t>(bytes));
+  uint8_t* shared = layer_scratch().take<uint8_t>(bytes);
+  if (many) expand_all(job, shared, parallel);
+  for_pixel_samples(job, src, batch, dst, parallel, [&](const PixelSample& sample) {
+    if (many) {
+      run_many_strips(job, panels, sample, shared, parallel);
+    } else {
+      run_few_strips(job, panels, sample, shared, parallel);
+    }
+  });
+}
+
+}  // namespace afpq

@@ -1,0 +1,186 @@
+// Convolutions of taps with pixels in the lanes.
+//
+//   the sample is rounded to planes of dwords with padding around them     parallel over rows
+//   for each chunk of blocks of 16 channels and of rows: expand, multiply            parallel
+//
+// In a plane, a tap is an offset: output x of a row that begins at p reads tap t at p + x + t. So
+// the rows of a plane are one run of pixels, and those between two rows of output are computed and
+// not written. Where steps between outputs are longer than 1, a plane has the pixels that are so
+// many apart, and there are as many planes.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/scratch.h"
+#include "drivers/pixels.h"
+
+namespace afpq {
+namespace {
+
+constexpr size_t kTaskElements = size_t{1} << 15;
+constexpr size_t kLeastTaskPixels = 128;  // for a block to be worth its expansion
+
+// One axis: which remainders of positions, padding included, by the stride are read.
+struct Phases {
+  size_t stride, reach;
+  std::vector<size_t> used;
+
+  Phases(const ConvShape& shape, int axis) : stride(shape.strides[axis]), reach(shape.reach(axis)) {
+    for (size_t k = 0; k < shape.kernel[axis]; ++k) {
+      const size_t phase = k * shape.dilations[axis] % stride;
+      if (std::find(used.begin(), used.end(), phase) == used.end()) used.push_back(phase);
+    }
+  }
+  size_t index(size_t position) const {
+    return static_cast<size_t>(std::find(used.begin(), used.end(), position % stride) -
+                               used.begin());
+  }
+};
+
+struct Planes {
+  Phases y, x;
+  size_t rows;    // of a plane
+  size_t pitch;   // pixels from row to row
+  size_t pixels;  // of a plane: odd lines, so that a column of groups spreads over L1
+  size_t stride;  // from group to group: all planes of one
+  std::vector<size_t> taps;
+
+  explicit Planes(const ConvShape& shape) : y(shape, 1), x(shape, 2) {
+    const size_t reached = shape.num_reached(2), left = shape.pads[2];
+    rows = ceil_div(shape.num_reached(1), y.stride);
+    if (x.stride == 1) {
+      // The padding behind a row is that before the next.
+      const size_t right = reached > left + shape.in[2] ? reached - left - shape.in[2] : 0;
+      pitch = std::max(shape.out[2], shape.in[2] + std::max(left, right));
+    } else {
+      pitch = ceil_div(reached, x.stride);
+    }
+    // Behind the last row: its padding, and what fills a vector.
+    const size_t all = rows * pitch + left + kPixelLanes;
+    pixels = (ceil_div(all, kPixelLanes) | 1) * kPixelLanes;
+    stride = y.used.size() * x.used.size() * pixels;
+    for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
+      for (size_t kx = 0; kx < shape.kernel[2]; ++kx) {
+        const size_t row = ky * shape.dilations[1], column = kx * shape.dilations[2];
+        taps.push_back(plane(y.index(row), x.index(column)) + row / y.stride * pitch +
+                       column / x.stride);
+      }
+    }
+  }
+  size_t plane(size_t phase_y, size_t phase_x) const {
+    return (phase_y * x.used.size() + phase_x) * pixels;
+  }
+};
+
+// The positions of a phase, of which number i is i * stride + phase, that lie in [begin, end).
+struct Inside {
+  size_t begin, end;
+  Inside(size_t phase, size_t stride, size_t from, size_t to)
+      : begin(from > phase ? ceil_div(from - phase, stride) : 0),
+        end(to > phase ? ceil_div(to - phase, stride) : 0) {}
+};
+
+// Rows [begin, end) of all planes. dst: [groups][planes.stride] dwords, as floats because the
+// kernel moves floats.
+void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sample, float padding,
+               size_t begin, size_t end, float* dst) {
+  const ConvShape& shape = job.shape;
+  // The rows of input that they hold, one behind the other.
+  const size_t top = shape.pads[1], bottom = top + shape.in[1];
+  const size_t first = std::clamp(begin * planes.y.stride, top, bottom);
+  const size_t last = std::clamp(end * planes.y.stride, top, bottom);
+  const size_t count = (last - first) * shape.in[2];
+  const size_t bytes = job.groups() * count * kPixelDword;
+  task_scratch().reset(Scratch::room<uint8_t>(bytes));
+  uint8_t* rounded = task_scratch().take<uint8_t>(bytes);
+  if (count > 0) quantize_pixels(job, sample, (first - top) * shape.in[2], count, count, rounded);
+  const size_t filled = (end < planes.rows ? end * planes.pitch : planes.pixels);
+  for (size_t g = 0; g < job.groups(); ++g, dst += planes.stride) {
+    const float* src = reinterpret_cast<const float*>(rounded) + g * count;
+    for (size_t py = 0; py < planes.y.used.size(); ++py) {
+      const Inside y(planes.y.used[py], planes.y.stride, first, last);
+      for (size_t px = 0; px < planes.x.used.size(); ++px) {
+        const size_t phase = planes.x.used[px], left = shape.pads[2];
+        float* plane = dst + planes.plane(py, px);
+        std::fill(plane + begin * planes.pitch, plane + filled, padding);
+        const size_t right = planes.x.stride == 1
+                                 ? left + shape.in[2]
+                                 : std::min(left + shape.in[2], shape.num_reached(2));
+        const Inside x(phase, planes.x.stride, left, right);
+        if (y.begin >= y.end || x.begin >= x.end) continue;
+        const size_t row = y.begin * planes.y.stride + planes.y.used[py] - first;
+        const size_t column = x.begin * planes.x.stride + phase - left;
+        job.op.kernels->pick_f32(src + row * shape.in[2] + column, planes.y.stride * shape.in[2],
+                                 planes.x.stride, y.end - y.begin, x.end - x.begin, planes.pitch,
+                                 plane + y.begin * planes.pitch + x.begin);
+      }
+    }
+  }
+}
+
+void make_planes(const PixelJob& job, const Planes& planes, const PixelSample& sample,
+                 uint8_t* made, const Parallel& parallel) {
+  const int32_t zero = sample.quantizer.zero_element(job.products.elements);
+  const uint32_t dword = job.words() ? static_cast<uint32_t>(zero & 0xffff) * 0x10001u
+                                     : static_cast<uint32_t>(zero & 0xff) * 0x1010101u;
+  float padding;
+  std::memcpy(&padding, &dword, sizeof(padding));
+  const size_t row = planes.y.stride * job.shape.in[2] * job.shape.channels_in;
+  const size_t step = std::max<size_t>(1, kTaskElements / row);
+  parallel_for(parallel, ceil_div(planes.rows, step), [&](size_t task) {
+    fill_rows(job, planes, sample, padding, task * step, std::min(planes.rows, (task + 1) * step),
+              reinterpret_cast<float*>(made));
+  });
+}
+
+// Rows [begin, end) of output times a block.
+void multiply_rows(const PixelJob& job, const Planes& planes, const PixelSample& sample,
+                   const uint8_t* made, size_t begin, size_t end, size_t block,
+                   const uint8_t* rhs) {
+  const size_t width = job.shape.out[2];
+  const size_t step = (kMostPixels - width) / planes.pitch + 1;
+  for (size_t y = begin; y < end; y += step) {
+    const size_t count = std::min(step, end - y);
+    const PixelRows rows = {made + y * planes.pitch * kPixelDword,
+                            planes.taps.data(),
+                            planes.taps.size(),
+                            planes.stride,
+                            (count - 1) * planes.pitch + width,
+                            planes.pitch,
+                            width,
+                            y * width,
+                            count * width};
+    multiply_pixels(job, sample, rows, block, rhs);
+  }
+}
+
+}  // namespace
+
+void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, const ConvTarget& dst,
+                       const Parallel& parallel) {
+  const ConvShape& shape = job.shape;
+  const Planes planes(shape);
+  const size_t bytes = job.groups() * planes.stride * kPixelDword;
+  layer_scratch().reset(Scratch::room<uint8_t>(bytes));
+  uint8_t* made = layer_scratch().take<uint8_t>(bytes);
+  const size_t blocks = job.op.weight->num_blocks, step = ceil_div(blocks, kPixelTasks);
+  const size_t chunks = ceil_div(blocks, step);
+  const size_t parts =
+      std::clamp<size_t>(shape.num_out() / kLeastTaskPixels, 1, ceil_div(kPixelTasks, chunks));
+  const size_t rows = ceil_div(shape.out[1], parts);
+  for_pixel_samples(job, src, batch, dst, parallel, [&](const PixelSample& sample) {
+    make_planes(job, planes, sample, made, parallel);
+    parallel_for(parallel, chunks * parts, [&](size_t task) {
+      const size_t chunk = task / parts * step, begin = task % parts * rows;
+      const size_t end = std::min(shape.out[1], begin + rows);
+      task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
+      uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
+      for (size_t b = chunk; b < std::min(blocks, chunk + step) && begin < end; ++b) {
+        expand_pixel_block(job, b, expanded);
+        multiply_rows(job, planes, sample, made, begin, end, b, expanded);
+      }
+    });
+  });
+}
+
+}  // namespace afpq
