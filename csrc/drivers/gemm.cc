@@ -84,27 +84,51 @@ void row_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count,
   }
 }
 
+// Taps of pixels of a line: their number, and the first of them.
+struct TapRun {
+  size_t count, x;
+};
+
+// Pointers to taps [tap_begin, tap_end) of a run. begins: where the rows of the kernel begin.
+template <typename T>
+void run_pointers(const TapOffsets& offsets, const T* base, const T* padding, const TapRun& run,
+                  const int32_t* begins, size_t tap_begin, size_t tap_end, const T** out) {
+  const size_t columns = offsets.kernel_columns(), step = offsets.step();
+  const int32_t *first = offsets.columns(run.x), *last = offsets.columns(run.x + run.count - 1);
+  size_t ky = tap_begin / columns, kx = tap_begin % columns;
+  for (size_t t = tap_begin; t < tap_end; ++t, out += kMaxRows) {
+    const int32_t a = begins[ky], b = first[kx];
+    if ((a | b | last[kx]) >= 0) {  // and so are those between
+      const T* at = base + (a + b);
+      for (size_t i = 0; i < run.count; ++i, at += step) out[i] = at;
+    } else {
+      for (size_t i = 0; i < run.count; ++i) {
+        const int32_t column = first[i * columns + kx];
+        out[i] = (a | column) < 0 ? padding : base + (a + column);
+      }
+    }
+    if (++kx == columns) kx = 0, ++ky;
+  }
+}
+
 // The same of taps [tap_begin, tap_end) of pixels. begins: room for the rows of a kernel.
 template <typename T>
 void tap_pointers(const LhsRows& lhs, size_t planes, size_t first, size_t count, size_t tap_begin,
                   size_t tap_end, int32_t* begins, const T** out) {
   const TapOffsets& offsets = *lhs.taps;
-  const size_t taps = tap_end - tap_begin, columns = offsets.kernel_columns();
-  const size_t begin_row = tap_begin / columns, begin_column = tap_begin % columns;
+  const size_t taps = tap_end - tap_begin;
   size_t line = first / planes / offsets.line(), x = first / planes % offsets.line();
   offsets.find_begins(line, begins);
-  for (size_t i = 0; i < count; ++i) {
-    const size_t plane = (first + i) % planes;
-    const T* base = static_cast<const T*>(lhs.planes[plane]);
-    const T* padding = static_cast<const T*>(lhs.padding[plane]);
-    const int32_t* column = offsets.columns(x);
-    const T** to = out + i / kMaxRows * taps * kMaxRows + i % kMaxRows;
-    for (size_t t = 0, ky = begin_row, kx = begin_column; t < taps; ++t) {
-      const int32_t a = begins[ky], b = column[kx];
-      to[t * kMaxRows] = (a | b) < 0 ? padding : base + (a + b);
-      if (++kx == columns) kx = 0, ++ky;
-    }
-    if (plane + 1 < planes || ++x < offsets.line() || i + 1 == count) continue;
+  for (size_t i = 0; i < count;) {
+    const size_t plane = (first + i) % planes, row = i % kMaxRows;
+    const size_t most = std::min({kMaxRows - row, offsets.line() - x, count - i});
+    const TapRun run = {planes == 1 ? most : 1, x};
+    run_pointers(offsets, static_cast<const T*>(lhs.planes[plane]),
+                 static_cast<const T*>(lhs.padding[plane]), run, begins, tap_begin, tap_end,
+                 out + (i - row) * taps + row);
+    i += run.count;
+    if (plane + 1 == planes) x += run.count;
+    if (x < offsets.line() || i == count) continue;
     x = 0;
     offsets.find_begins(++line, begins);
   }

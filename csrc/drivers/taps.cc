@@ -25,6 +25,7 @@ TapOffsets::TapOffsets(const ConvShape& shape, size_t channels)
     : kernel_{shape.kernel[0], shape.kernel[1], shape.kernel[2]},
       lines_(shape.out[1]),
       line_(shape.out[2]),
+      step_(shape.strides[2] * channels),
       planes_(axis_offsets(shape, 0, shape.in[1] * shape.in[2] * channels)),
       rows_(axis_offsets(shape, 1, shape.in[2] * channels)),
       columns_(axis_offsets(shape, 2, channels)) {}

@@ -21,8 +21,9 @@ class TapOffsets {
   // Taps are rows of a kernel, in depth and height, times its columns.
   size_t kernel_rows() const { return kernel_[0] * kernel_[1]; }
   size_t kernel_columns() const { return kernel_[2]; }
-  // Pixels in a line of output.
+  // Pixels in a line of output, and elements from one to the next.
   size_t line() const { return line_; }
+  size_t step() const { return step_; }
 
   // Where each row of the kernel begins for output line zy (of depth and height):
   // begins[kernel_rows()].
@@ -33,7 +34,7 @@ class TapOffsets {
 
  private:
   size_t kernel_[3];
-  size_t lines_, line_;  // of output
+  size_t lines_, line_, step_;  // of output
   std::vector<int32_t> planes_, rows_, columns_;
 };
 
