@@ -159,3 +159,5 @@ def _planes(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     taps, weights = rng.integers(0, 99, 27, np.uint64), _floats(rng, 3, 28, 16)
     ends = _floats(rng, 37), _floats(rng, 37)
     yield _into("planar_rows_f32", np.float32, (8, 64), _floats(rng, 120), taps, weights, 2, *ends)
+    lanes = ([0, 16, 96], _floats(rng, 3, 16), 16, 96, _floats(rng, 16), _floats(rng, 16))
+    yield _into("depthwise_f32", np.float32, (4, 5, 16), _floats(rng, 480), *lanes, _LOW, _HIGH)

@@ -98,19 +98,25 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
             np.testing.assert_array_equal(y, first)
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_taps_of_any_geometry(seed):
+def test_taps_of_any_geometry(seed, depthwise):
     rng = np.random.default_rng(seed)
     kernel, strides, dilations = ((1, *map(int, rng.integers(1, 4, 2))) for _ in range(3))
-    pads, out = (0, *map(int, rng.integers(0, 6, 2))), (1, int(rng.integers(1, 9)), 16)
+    pads, out = (0, *map(int, rng.integers(0, 6, 2))), (1, *map(int, rng.integers(1, 9, 2)))
+    out = out if depthwise else (*out[:2], 16)
     size = (1, *map(int, rng.integers(1, 40, 2)))
     channels, n = int(rng.choice([4, 8, 20])), int(rng.integers(1, 40))
-    fmt, k = AfpFormat(2, 2), int(np.prod(kernel)) * channels
+    if depthwise:
+        channels = n = 16 * int(rng.integers(1, 4))
+    groups = channels if depthwise else 1
+    fmt, k = AfpFormat(2, 2), int(np.prod(kernel)) * channels // groups
     data, scale, _, weight = quantized(rng, n, k, fmt)
     x = rng.standard_normal((2, channels, *size)).astype(np.float32)
-    geometry = 1, kernel, strides, dilations, pads, out
+    geometry = groups, kernel, strides, dilations, pads, out
     for activations in ("a8", "a16"):
-        rows = rounded_rows(x.reshape(2, -1), PLANES[activations]).reshape(x.shape)
+        planes = 0 if depthwise else PLANES[activations]
+        rows = rounded_rows(x.reshape(2, -1), planes).reshape(x.shape)
         exact = naive_conv(rows, weight, *geometry)
         bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
         first = None

@@ -163,6 +163,31 @@ def test_planar_rows_have_channels_in_the_lanes(isa: str, step: int, num_taps: i
             assert (dst[:, channels:] == 7).all()
 
 
+@pytest.mark.parametrize("num_taps", [0, 1, 9, 25])
+@pytest.mark.parametrize("step", [16, 32])
+def test_depthwise_meets_16_channels_with_their_own_weights(
+    isa: str, step: int, num_taps: int
+) -> None:
+    for columns in range(1, 18):
+        rng = np.random.default_rng(columns)
+        lines, line_step = 1 + columns % 3, columns * step
+        taps = rng.integers(0, 90, num_taps).tolist()
+        src = floats(rng, max(taps, default=0) + lines * line_step + 16)
+        weights = rng.integers(-9, 9, (num_taps, 16)).astype(np.float32)
+        scales, bias = floats(rng, 16), floats(rng, 16)
+        low, high = [(-INF, INF), (0.0, 6.0)][columns % 2]
+        at = np.arange(lines)[:, None, None] * line_step + np.arange(columns)[:, None] * step
+        total = np.zeros((lines, columns, 16), np.float32)
+        for tap, weight in zip(taps, weights):
+            total = fma(src[tap + at + np.arange(16)], weight, total)
+        with output((lines, columns, 16), np.float32, 7) as dst:
+            kernels.depthwise_f32(
+                isa, guarded(src), taps, guarded(weights), step, line_step, guarded(scales), guarded(bias),
+                low, high, dst,
+            )  # fmt: skip
+            assert_same_bits(dst, clamp(fma(total, scales, bias), low, high), (columns, lines))
+
+
 def test_residuals_are_added_then_clamped(isa: str) -> None:
     for count in range(1, 71):
         rng = np.random.default_rng(count)

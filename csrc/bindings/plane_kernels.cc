@@ -190,6 +190,27 @@ void planar_rows_f32(const std::string& isa, Array<const float, 1> src,
   table_of(isa).planar_rows_f32(&args);
 }
 
+// src: [elements], taps: [num_taps], weights: [num_taps, 16], scales and bias: [16], dst:
+// [num_lines, num_columns, 16]
+void depthwise_f32(const std::string& isa, Array<const float, 1> src,
+                   const std::vector<size_t>& taps, Array<const float, 2> weights, size_t step,
+                   size_t line_step, Array<const float, 1> scales, Array<const float, 1> bias,
+                   float low, float high, Array<float, 3> dst) {
+  const size_t lines = dst.shape(0), columns = dst.shape(1);
+  require(weights.shape(0) == taps.size() && weights.shape(1) == kTileN &&
+              scales.shape(0) == kTileN && bias.shape(0) == kTileN && dst.shape(2) == kTileN,
+          "weights must be [num_taps, 16], scales and bias [16], dst [.., 16]");
+  require(lines >= 1 && columns >= 1, "dst is empty");
+  for (const size_t tap : taps) {
+    require(tap + (lines - 1) * line_step + (columns - 1) * step + kTileN <= src.shape(0),
+            "a tap is beyond src");
+  }
+  const AfpqDepthwise args = {
+      src.data(), taps.data(), weights.data(), scales.data(), bias.data(), dst.data(), taps.size(),
+      step,       line_step,   lines,          columns,       low,         high};
+  table_of(isa).depthwise_f32(&args);
+}
+
 }  // namespace
 
 void bind_plane_kernels(nb::module_& m) {
@@ -204,4 +225,5 @@ void bind_plane_kernels(nb::module_& m) {
   m.def("pick_f32", pick_f32);
   m.def("planar_f32", planar_f32);
   m.def("planar_rows_f32", planar_rows_f32);
+  m.def("depthwise_f32", depthwise_f32);
 }

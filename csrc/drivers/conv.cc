@@ -14,17 +14,25 @@ constexpr size_t kLeastRow = 8;  // pixels
 
 RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
                               const Parallel& parallel) {
+  struct Range {
+    float low, high;
+    int finite;
+  };
   const size_t total = shape.num_in() * shape.channels_in, parts = ceil_div(total, kTaskElements);
-  std::vector<float> lows(parts), highs(parts);
-  std::vector<int> finite(parts);
+  std::vector<Range> ranges(parts);
   parallel_for(parallel, parts, [&](size_t part) {
     const size_t begin = part * kTaskElements;
-    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &lows[part],
-                          &highs[part], &finite[part]);
+    Range& range = ranges[part];
+    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &range.low,
+                          &range.high, &range.finite);
   });
-  return row_quantizer(op.rounding, *std::min_element(lows.begin(), lows.end()),
-                       *std::max_element(highs.begin(), highs.end()),
-                       *std::min_element(finite.begin(), finite.end()) == 1);
+  Range all = ranges[0];
+  for (const Range& range : ranges) {
+    all.low = std::min(all.low, range.low);
+    all.high = std::max(all.high, range.high);
+    all.finite &= range.finite;
+  }
+  return row_quantizer(op.rounding, all.low, all.high, all.finite == 1);
 }
 
 void quantize_planes(const AfpqKernels& kernels, const Products& products,
@@ -60,6 +68,8 @@ void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t 
   if (planar && (shape.groups > 1 || shape.out[2] >= kLeastRow)) {
     if (dst.bytes && shape.groups == 1)
       return conv_planar_rows(op, shape, src.floats, batch, dst.bytes, parallel);
+    if (dst.floats && conv_fits_lanes(shape))
+      return conv_planar_lanes(op, shape, src.floats, batch, dst, parallel);
     return conv_planar(op, shape, src.floats, batch, dst, parallel);
   }
   const Products products =

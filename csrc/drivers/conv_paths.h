@@ -42,6 +42,12 @@ struct PlanarEnd {
 void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
                       uint8_t* dst, const Parallel& parallel);
 
+// The planar path of depthwise convolutions with small planes, of floats only, and whether it takes
+// this one.
+bool conv_fits_lanes(const ConvShape& shape);
+void conv_planar_lanes(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
+                       const ConvTarget& dst, const Parallel& parallel);
+
 // The planar path; no residual of bytes.
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
                  const ConvTarget& dst, const Parallel& parallel);

@@ -344,11 +344,10 @@ void combine(const AfpqCombine& args) {
 }
 
 void combine_f32_s32_avx2(const AfpqCombine* args) {
-  if (args->lhs_planes == 1) {
-    (args->rhs_planes == 1 ? combine<1, 1> : combine<1, 2>)(*args);
-  } else {
-    (args->rhs_planes == 1 ? combine<2, 1> : combine<2, 2>)(*args);
-  }
+  const bool one = args->rhs_planes == 1;
+  const auto run = args->lhs_planes == 1 ? (one ? combine<1, 1> : combine<1, 2>)
+                                         : (one ? combine<2, 1> : combine<2, 2>);
+  run(*args);
 }
 
 void finish_f32_s32_avx2(const AfpqFinishFloats* args) {
@@ -397,4 +396,5 @@ const AfpqKernels kAfpqKernelsAvx2 = {
     pick_f32_avx2,
     planar_f32_avx2,
     planar_rows_f32_avx2,
+    depthwise_f32_avx2,
 };

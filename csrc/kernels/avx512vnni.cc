@@ -201,6 +201,7 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 #include "avx512vnni_bytes.inc"
 #include "avx512vnni_depthwise.inc"
 #include "avx512vnni_planar.inc"
+#include "avx512vnni_planar_lanes.inc"
 #include "avx512vnni_store.inc"
 
 struct Range {
@@ -276,4 +277,5 @@ const AfpqKernels kAfpqKernelsAvx512Vnni = {
     pick_f32_avx512vnni,
     planar_f32_avx512vnni,
     planar_rows_f32_avx512vnni,
+    depthwise_f32_avx512vnni,
 };

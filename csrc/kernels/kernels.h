@@ -220,6 +220,22 @@ typedef struct AfpqPlanarRows {
   size_t num_channels;  // 1..kPanelN
 } AfpqPlanarRows;
 
+// Depthwise with channels in the lanes: 16 channels lie together, with padding around their planes.
+//   dst[y][x][c] = clamp(fma(a, scales[c], bias[c])), a = chain of fma(src[taps[t] + y * line_step
+//   + x * step + c], weights[t][c]) over t, from 0
+typedef struct AfpqDepthwise {
+  const float* src;
+  const size_t* taps;    // elements
+  const float* weights;  // [num_taps][kTileN]
+  const float* scales;   // [kTileN]
+  const float* bias;     // [kTileN]
+  float* dst;            // [num_lines][num_columns][kTileN]
+  size_t num_taps;
+  size_t step, line_step;  // elements from output to output
+  size_t num_lines, num_columns;
+  float low, high;  // -inf, +inf: no clamp
+} AfpqDepthwise;
+
 // Products of integers come in two forms that give the same bits where both may be used:
 //   bytes  rows of lhs are planes of unsigned bytes, those of rhs of signed bytes
 //   words  both are 16-bit numbers, so a16 takes one dot product instead of two, with sums that
@@ -346,6 +362,7 @@ typedef struct AfpqKernels {
 
   void (*planar_f32)(const AfpqPlanar* p);
   void (*planar_rows_f32)(const AfpqPlanarRows* p);
+  void (*depthwise_f32)(const AfpqDepthwise* p);
 } AfpqKernels;
 
 // The tables, best first, ends with null. A table is listed only if it was compiled in; `supported`

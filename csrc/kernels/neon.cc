@@ -269,4 +269,5 @@ const AfpqKernels kAfpqKernelsNeon = {
     pick_f32_neon,
     planar_f32_neon,
     planar_rows_f32_neon,
+    depthwise_f32_neon,
 };

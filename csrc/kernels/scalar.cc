@@ -307,40 +307,7 @@ void pick_f32_scalar(const float* src, size_t src_stride, size_t step, size_t nu
   }
 }
 
-float tap_at(const AfpqPlanar& p, size_t c, const AfpqTap& tap, size_t y, size_t x) {
-  const ptrdiff_t row = static_cast<ptrdiff_t>(y * p.row_step) + tap.row;
-  const ptrdiff_t column = static_cast<ptrdiff_t>(x * p.column_step) + tap.column;
-  if (row < 0 || row >= static_cast<ptrdiff_t>(p.src_rows)) return 0.0f;
-  if (column < 0 || column >= static_cast<ptrdiff_t>(p.src_columns)) return 0.0f;
-  return p.src[c * p.src_channel_stride + tap.plane + static_cast<size_t>(row) * p.src_stride +
-               static_cast<size_t>(column)];
-}
-
-void planar_f32_scalar(const AfpqPlanar* p) {
-  for (size_t c = 0; c < p->num_channels; ++c) {
-    for (size_t y = 0; y < p->num_rows; ++y) {
-      for (size_t x = 0; x < p->row_size; ++x) {
-        float sum = 0.0f;
-        for (size_t t = 0; t < p->num_taps; ++t)
-          sum = fmaf(tap_at(*p, c, p->taps[t], y, x), p->weights[t * kTileN + c], sum);
-        p->dst[c * p->dst_channel_stride + y * p->dst_stride + x] =
-            clamp(fmaf(sum, p->scales[c], p->bias[c]), p->low, p->high);
-      }
-    }
-  }
-}
-
-void planar_rows_f32_scalar(const AfpqPlanarRows* p) {
-  for (size_t i = 0; i < p->num_pixels; ++i) {
-    for (size_t c = 0; c < p->num_channels; ++c) {
-      const float* weights = p->weights + c / kTileN * p->num_tiles * kTileCodes + c % kTileN;
-      float sum = 0.0f;
-      for (size_t t = 0; t < p->num_taps; ++t)
-        sum = fmaf(p->src[p->taps[t] + i * p->step], weights[t * kTileN], sum);
-      p->dst[i * kPanelN + c] = fmaf(sum, p->scales[c], p->bias[c]);
-    }
-  }
-}
+#include "scalar_planar.inc"
 
 void finish_f32_s32_scalar(const AfpqFinishFloats* args) {
   afpq_finish_floats(args, combine_f32_s32_scalar, store_f32_scalar);
@@ -388,4 +355,5 @@ const AfpqKernels kAfpqKernelsScalar = {
     pick_f32_scalar,
     planar_f32_scalar,
     planar_rows_f32_scalar,
+    depthwise_f32_scalar,
 };

@@ -32,7 +32,7 @@ bool succeeded(const OrtApi* api, OrtStatus* status) {
   return false;
 }
 
-Tensor describe(const OrtApi* api, const OrtValue* value, const std::string& what) {
+Tensor describe(const OrtApi* api, const OrtValue* value, const char* what) {
   Tensor tensor;
   OrtTensorTypeAndShapeInfo* info = nullptr;
   check(api,
@@ -64,11 +64,11 @@ Tensor describe(const OrtApi* api, const OrtValue* value, const std::string& wha
 
 }  // namespace
 
-void check(const OrtApi* api, OrtStatus* status, const std::string& what) {
+void check(const OrtApi* api, OrtStatus* status, const char* what) {
   if (status == nullptr) return;
   const std::string message = call<const char*(const OrtStatus*)>(api, kGetErrorMessage)(status);
   call<void(OrtStatus*)>(api, kReleaseStatus)(status);
-  throw Error(kFail, what + ": " + message);
+  throw Error(kFail, std::string(what) + ": " + message);
 }
 
 size_t Tensor::size() const {

@@ -17,7 +17,7 @@ struct Error : std::runtime_error {
   int code;
 };
 
-void check(const OrtApi* api, OrtStatus* status, const std::string& what);
+void check(const OrtApi* api, OrtStatus* status, const char* what);
 
 // A tensor as ops see it.
 struct Tensor {

@@ -11,7 +11,9 @@ size_t tiles_of_tap(size_t group_in) { return group_in % kTileK == 0 ? group_in 
 // [N, C, ...] or, of bytes, [N, ..., C].
 std::vector<int64_t> dims_of(const ConvShape& shape, size_t rank, int64_t batch, size_t channels,
                              bool bytes) {
-  std::vector<int64_t> dims = {batch};
+  std::vector<int64_t> dims;
+  dims.reserve(rank + 2);
+  dims.push_back(batch);
   if (!bytes) dims.push_back(static_cast<int64_t>(channels));
   for (size_t axis = 3 - rank; axis < 3; ++axis)
     dims.push_back(static_cast<int64_t>(shape.out[axis]));
@@ -77,8 +79,8 @@ ConvShape ConvOp::shape_of(const Tensor& x) const {
   return shape;
 }
 
-void ConvOp::read_residual(const KernelContext& context, const std::vector<int64_t>& float_dims,
-                           const std::vector<int64_t>& byte_dims, ConvTarget* dst) const {
+void ConvOp::read_residual(const KernelContext& context, const ConvShape& shape, int64_t batch,
+                           ConvTarget* dst) const {
   if (context.num_inputs() <= 4) return;
   const Tensor residual = context.input(4);
   if (residual.data == nullptr) return;
@@ -89,7 +91,7 @@ void ConvOp::read_residual(const KernelContext& context, const std::vector<int64
     throw Error(kInvalidArgument, "attribute residual_format is missing, which bytes need");
   if (floats && dst->bytes)
     throw Error(kInvalidArgument, "residual must be uint8 where the output is");
-  const std::vector<int64_t>& dims = floats ? float_dims : byte_dims;
+  const std::vector<int64_t> dims = dims_of(shape, geometry_.rank(), batch, weight_.n, !floats);
   if (residual.dims != dims) {
     throw Error(kInvalidArgument,
                 "residual has shape " + to_string(residual.dims) + ", needs " + to_string(dims));
@@ -106,8 +108,7 @@ void ConvOp::run(KernelContext& context, bool to_bytes) const {
   if (x.type != kFloat && x.type != kUint8)
     throw Error(kInvalidArgument, "input X must be float32 or uint8");
   const ConvShape shape = shape_of(x);
-  const size_t rank = geometry_.rank();
-  const auto dims = [&](bool bytes) { return dims_of(shape, rank, x.dims[0], weight_.n, bytes); };
+  const auto dims = dims_of(shape, geometry_.rank(), x.dims[0], weight_.n, to_bytes);
   Conv op;
   op.kernels = &kernels();
   op.weight = &weight_;
@@ -127,11 +128,11 @@ void ConvOp::run(KernelContext& context, bool to_bytes) const {
     src.floats = x.as<float>();
   }
   if (to_bytes) {
-    dst.bytes = context.output<uint8_t>(0, dims(true));
+    dst.bytes = context.output<uint8_t>(0, dims);
   } else {
-    dst.floats = context.output<float>(0, dims(false));
+    dst.floats = context.output<float>(0, dims);
   }
-  read_residual(context, dims(false), dims(true), &dst);
+  read_residual(context, shape, x.dims[0], &dst);
   if ((src.bytes || dst.residual) && !conv_multiplies_integers(op, shape)) {
     throw Error(kNotImplemented,
                 "this convolution runs on floats: bytes cannot be its input or residual");

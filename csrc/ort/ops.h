@@ -65,8 +65,8 @@ class ConvOp {
  private:
   ConvShape shape_of(const Tensor& x) const;
   // dst knows already where results go.
-  void read_residual(const KernelContext& context, const std::vector<int64_t>& float_dims,
-                     const std::vector<int64_t>& byte_dims, ConvTarget* dst) const;
+  void read_residual(const KernelContext& context, const ConvShape& shape, int64_t batch,
+                     ConvTarget* dst) const;
 
   Geometry geometry_;
   ConvShape base_;  // everything but the sizes that come with X

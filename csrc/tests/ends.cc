@@ -349,6 +349,44 @@ void compare_planar_rows(Comparison* comparison) {
   }
 }
 
+void compare_depthwise_floats(Comparison* comparison) {
+  comparison->begin("depthwise_f32");
+  Random random(28);
+  for (const size_t columns : {1, 2, 3, 5, 6, 7, 8, 9, 12, 14}) {
+    for (const size_t count : {1, 4, 9}) {
+      const size_t lines = 1 + columns % 3, step = 16 + columns % 2 * 16;
+      const size_t line_step = columns * step;
+      const std::vector<size_t> taps = random.integers<size_t>(count, 0, 200);
+      const Guarded<float> src(random.numbers(*std::max_element(taps.begin(), taps.end()) +
+                                              (lines - 1) * line_step + (columns - 1) * step +
+                                              kTileN));
+      const Guarded<float> weights(random.numbers(count * kTileN));
+      const Guarded<float> scales(random.numbers(kTileN)), bias(random.numbers(kTileN));
+      const bool clamped = columns % 2;
+      comparison->results(std::vector<float>(lines * columns * kTileN),
+                          text_of("columns, taps", columns, count),
+                          [&](const AfpqKernels& kernels, float* dst) {
+                            const AfpqDepthwise args = {
+                                src.data(),
+                                taps.data(),
+                                weights.data(),
+                                scales.data(),
+                                bias.data(),
+                                dst,
+                                count,
+                                step,
+                                line_step,
+                                lines,
+                                columns,
+                                clamped ? -0.5f : -__builtin_inff(),
+                                clamped ? 6.0f : __builtin_inff(),
+                            };
+                            kernels.depthwise_f32(&args);
+                          });
+    }
+  }
+}
+
 }  // namespace
 
 void compare_ends(Comparison* comparison) {
@@ -361,6 +399,7 @@ void compare_ends(Comparison* comparison) {
   compare_pick(comparison);
   compare_planar(comparison);
   compare_planar_rows(comparison);
+  compare_depthwise_floats(comparison);
 }
 
 }  // namespace afpq::tests
