@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from afpq._activation_entry import ActivationEntry
 from afpq._clip import clip_fields, find_clip
-from afpq._fold import Constants, attribute
+from afpq._fold import Constants, attribute, drop_constant
 from afpq._layer import Layer, takes_bytes
 from afpq.formats import AfpFormat
 from afpq.packing import PackedTensor, store_scale
@@ -88,7 +88,7 @@ class Emitter:
         new = [op, *self._cast(layer, op.outputs[0], f"{weight.name}_f")]
         self._graph.insert_before(node, new)
         node.replace_input_with(layer.weight_input, new[-1].outputs[0])
-        self._drop_constant(operand)
+        drop_constant(self._constants, operand)
 
     def _gather(self, layer: Layer) -> None:
         node = self._nodes[layer.node_index]
@@ -258,23 +258,7 @@ class Emitter:
         for node in reversed(old):
             self._graph.remove(node, safe=True)
         for operand in operands:
-            self._drop_constant(operand)
-
-    def _drop_constant(self, value: ir.Value | None) -> None:
-        """Removes a constant, and what computed it, once nothing reads it."""
-        if value is None or value.uses() or value.is_graph_output():
-            return
-        node = value.producer()
-        if node is None:
-            if value.is_initializer() and value.name and value.name in self._graph.initializers:
-                del self._graph.initializers[value.name]
-                if value.is_graph_input():
-                    self._graph.inputs.remove(value)
-        elif node.graph is self._graph and self._constants.value(value) is not None:
-            operands = list(node.inputs)
-            self._graph.remove(node, safe=True)
-            for operand in operands:
-                self._drop_constant(operand)
+            drop_constant(self._constants, operand)
 
 
 def _swapped(rank: int) -> list[int]:

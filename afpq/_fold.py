@@ -17,10 +17,10 @@ _MAX_DEPTH = 64  # a chain of rearrangements is short; this only stops a malform
 
 
 class Constants:
-    """Evaluates constant expressions of a graph and the graphs inside it, each at most once."""
+    """Evaluates constant expressions of `graph` and the graphs inside it, each at most once."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+        self.graph = graph
         self._folded: dict[ir.Value, Array | None] = {}
 
     def value(self, value: ir.Value | None, depth: int = 0) -> Array | None:
@@ -68,7 +68,7 @@ class Constants:
         )
 
     def _rearranges(self, node: ir.Node) -> bool:
-        if node.graph is not self._graph or len(node.outputs) != 1:
+        if node.graph is not self.graph or len(node.outputs) != 1:
             return False
         return self.value(node.outputs[0]) is not None
 
@@ -104,6 +104,24 @@ def set_constants(graph: ir.Graph, constants: Mapping[str, Array]) -> None:
         before = value.const_value
         assert before is not None and tuple(before.shape) == array.shape, name
         value.const_value = ir.tensor(array.astype(before.dtype.numpy()), name=name)
+
+
+def drop_constant(constants: Constants, value: ir.Value | None) -> None:
+    """Removes a constant, and what computed it, once nothing reads it."""
+    graph = constants.graph
+    if value is None or value.uses() or value.is_graph_output():
+        return
+    node = value.producer()
+    if node is None:
+        if value.is_initializer() and value.name and value.name in graph.initializers:
+            del graph.initializers[value.name]
+            if value.is_graph_input():
+                graph.inputs.remove(value)
+    elif node.graph is graph and constants.value(value) is not None:
+        operands = list(node.inputs)
+        graph.remove(node, safe=True)
+        for operand in operands:
+            drop_constant(constants, operand)
 
 
 def _constant(node: ir.Node) -> Array | None:

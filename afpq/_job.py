@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from afpq._costs import DEFAULT_BITS
+from afpq._fold_norms import fold_batch_norms
 from afpq.activations import added_tensors
 from afpq.data import Data, open_data
 from afpq.errors import DataError, ModelError, PlanError, RuntimeUnavailableError
@@ -118,7 +119,7 @@ def prepare(
 ) -> Job:
     """Reads and checks everything that a run needs; see `quantize`."""
     _check_choices(plan, bits, size, max_drop, activations, kind, mode, equalize)
-    loaded = model if isinstance(model, Model) else load_model(model)
+    loaded = fold_batch_norms(model if isinstance(model, Model) else load_model(model))
     if not loaded.layers:
         raise ModelError(f"{loaded.path}: nothing to quantize{_first_reason(loaded)}")
     any_budget = any(x is not None for x in (plan, bits, size, max_drop))

@@ -37,6 +37,7 @@ __all__ = [
     "reads_bytes",
     "takes_bytes",
     "with_constants",
+    "with_graph",
 ]
 
 
@@ -110,6 +111,15 @@ def with_constants(model: Model, constants: Mapping[str, npt.NDArray[Any]]) -> M
     """
     changed = model.ir.clone()
     set_constants(changed.graph, constants)
+    return with_graph(model, changed)
+
+
+def with_graph(model: Model, changed: onnx_ir.Model) -> Model:
+    """The same model with another graph of the same inputs and outputs.
+
+    Raises:
+        ModelError: a weight or a bias is not finite.
+    """
     layers, skipped = find_layers(model.path, changed)
     return replace(model, layers=layers, skipped=skipped, ir=changed)
 
