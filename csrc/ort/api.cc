@@ -150,17 +150,22 @@ std::vector<int64_t> KernelInfo::integers(const char* name) const {
   return values;
 }
 
-Tensor KernelInfo::constant(size_t index, const char* what) const {
+bool KernelInfo::get_constant(size_t index, const char* what, Tensor* tensor) const {
   int is_constant = 0;
   const OrtValue* value = nullptr;
-  check(api_,
-        call<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(
-            api_, kConstantInput)(info_, index, &is_constant, &value),
-        what);
-  if (!is_constant || value == nullptr) {
+  const bool exists =
+      succeeded(api_, call<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(
+                          api_, kConstantInput)(info_, index, &is_constant, &value));
+  if (!exists || !is_constant || value == nullptr) return false;
+  *tensor = describe(api_, value, what);
+  return true;
+}
+
+Tensor KernelInfo::constant(size_t index, const char* what) const {
+  Tensor tensor;
+  if (!get_constant(index, what, &tensor))
     throw Error(kInvalidArgument, std::string("input ") + what + " must be an initializer");
-  }
-  return describe(api_, value, what);
+  return tensor;
 }
 
 Tensor KernelContext::input(size_t index) const {

@@ -45,7 +45,9 @@ class KernelInfo {
   std::string text(const char* name) const;
   std::string text(const char* name, const std::string& missing) const;
   std::vector<int64_t> integers(const char* name) const;  // empty when missing
-  // Input `index`, which must be a constant; its data stays valid as long as the session.
+  // Input `index` if it exists and is a constant: its data stays valid as long as the session.
+  bool get_constant(size_t index, const char* what, Tensor* tensor) const;
+  // The same of one that must be.
   Tensor constant(size_t index, const char* what) const;
 
  private:

@@ -37,6 +37,7 @@ ConvOp::ConvOp(const KernelInfo& info)
       base_(geometry_.base()),
       rounding_(read_activations(info)),
       residual_rounding_(read_static_format(info, "residual")),
+      bias_(info, 3, positive(info, "n")),
       low_(info.real("clip_min", -kInfinity)),
       high_(info.real("clip_max", kInfinity)) {
   const size_t n = positive(info, "n"), k = positive(info, "k"), taps = base_.num_taps();
@@ -113,7 +114,7 @@ void ConvOp::run(KernelContext& context, bool to_bytes) const {
   op.kernels = &kernels();
   op.weight = &weight_;
   op.rounding = rounding_;
-  op.bias = read_bias(context, 3, weight_.n);
+  op.bias = bias_.read(context);
   op.low = low_;
   op.high = high_;
   op.dst_rounding = dst_rounding_;

@@ -9,6 +9,7 @@ int MatMulOp::input_type(size_t index) { return index == 1 ? kUint8 : index == 2
 MatMulOp::MatMulOp(const KernelInfo& info)
     : rounding_(read_activations(info)),
       weight_(read_weight(info, 1, 1, rounding_.mode != Activations::kF32)),
+      bias_(info, 3, weight_.n),
       low_(info.real("clip_min", -kInfinity)),
       high_(info.real("clip_max", kInfinity)) {}
 
@@ -24,7 +25,7 @@ void MatMulOp::compute(KernelContext& context) const {
   op.kernels = &kernels();
   op.weight = &weight_;
   op.rounding = rounding_;
-  op.bias = read_bias(context, 3, weight_.n);
+  op.bias = bias_.read(context);
   op.low = low_;
   op.high = high_;
   float* y = context.output<float>(0, dims);

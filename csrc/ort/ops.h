@@ -23,6 +23,7 @@ class MatMulOp {
  private:
   LhsRounding rounding_;
   PackedWeight weight_;
+  Bias bias_;
   float low_, high_;
 };
 
@@ -72,6 +73,7 @@ class ConvOp {
   ConvShape base_;  // everything but the sizes that come with X
   LhsRounding rounding_, residual_rounding_;
   PackedWeight weight_;
+  Bias bias_;
   float low_, high_;
 };
 

@@ -129,13 +129,21 @@ PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_mu
   return weight;
 }
 
-const float* read_bias(const KernelContext& context, size_t index, size_t n) {
-  if (context.num_inputs() <= index) return nullptr;
-  const Tensor bias = context.input(index);
-  if (bias.data == nullptr) return nullptr;
-  if (bias.type != kFloat || bias.size() != n) {
+Bias::Bias(const KernelInfo& info, size_t index, size_t n) : index_(index), n_(n) {
+  Tensor bias;
+  if (info.get_constant(index, "bias", &bias)) constant_ = check(bias);
+}
+
+const float* Bias::read(const KernelContext& context) const {
+  if (constant_ || context.num_inputs() <= index_) return constant_;
+  const Tensor bias = context.input(index_);
+  return bias.data ? check(bias) : nullptr;
+}
+
+const float* Bias::check(const Tensor& bias) const {
+  if (bias.type != kFloat || bias.size() != n_) {
     throw Error(kInvalidArgument,
-                "bias must be float32 [" + std::to_string(n) + "], got " + to_string(bias.dims));
+                "bias must be float32 [" + std::to_string(n_) + "], got " + to_string(bias.dims));
   }
   return bias.as<float>();
 }

@@ -26,8 +26,18 @@ LhsRounding read_static_format(const KernelInfo& info, const std::string& name);
 PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_multiple,
                          bool integer_sums);
 
-// The optional constant or computed bias of a compute call: [n] floats or null.
-const float* read_bias(const KernelContext& context, size_t index, size_t n);
+// The optional bias, constant or computed: [n] floats or null. A constant is looked at once.
+class Bias {
+ public:
+  Bias(const KernelInfo& info, size_t index, size_t n);
+  const float* read(const KernelContext& context) const;
+
+ private:
+  const float* check(const Tensor& bias) const;
+
+  size_t index_, n_;
+  const float* constant_ = nullptr;
+};
 
 // Input `index` as float32; throws when it has another type.
 Tensor float_input(const KernelContext& context, size_t index, const char* name);
