@@ -112,11 +112,11 @@ def test_taps_of_any_geometry(seed, depthwise):
     groups = channels if depthwise else 1
     fmt, k = AfpFormat(2, 2), int(np.prod(kernel)) * channels // groups
     data, scale, _, weight = quantized(rng, n, k, fmt)
-    x = rng.standard_normal((2, channels, *size)).astype(np.float32)
+    x = rng.standard_normal((5, channels, *size)).astype(np.float32)
     geometry = groups, kernel, strides, dilations, pads, out
     for activations in ("a8", "a16"):
         planes = 0 if depthwise else PLANES[activations]
-        rows = rounded_rows(x.reshape(2, -1), planes).reshape(x.shape)
+        rows = rounded_rows(x.reshape(5, -1), planes).reshape(x.shape)
         exact = naive_conv(rows, weight, *geometry)
         bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
         first = None

@@ -17,6 +17,16 @@ struct Parallel {
   void* context;
 };
 
+// All tasks one after the other, on the thread that asks.
+inline const Parallel& serial() {
+  static const Parallel kSerial = {
+      [](void*, size_t total, void (*task)(void*, size_t), void* user) {
+        for (size_t i = 0; i < total; ++i) task(user, i);
+      },
+      nullptr};
+  return kSerial;
+}
+
 // body(i) for i in 0..total-1. A task that runs out of memory does not unwind through foreign
 // threads: the failure is kept and thrown here, when all tasks are done.
 template <typename Body>

@@ -8,7 +8,41 @@ namespace afpq {
 namespace {
 
 constexpr size_t kTaskElements = size_t{1} << 15;
-constexpr size_t kLeastRow = 8;  // pixels
+constexpr size_t kLeastRow = 8;                   // pixels
+constexpr size_t kSmallSample = size_t{1} << 22;  // products that are not worth more than a task
+constexpr size_t kTaskWork = size_t{1} << 21;     // products that are worth one
+
+// Sample i of a batch.
+ConvSource sample_of(const ConvShape& shape, const ConvSource& src, size_t i) {
+  const size_t at = i * shape.channels_in * shape.num_in();
+  return {src.floats ? src.floats + at : nullptr, src.bytes ? src.bytes + at : nullptr};
+}
+
+ConvTarget sample_of(const ConvShape& shape, const ConvTarget& dst, size_t i) {
+  const size_t at = i * shape.channels_out * shape.num_out();
+  const auto moved = [&](auto* data) { return data ? data + at : nullptr; };
+  return {moved(dst.floats), moved(dst.bytes), moved(dst.residual), moved(dst.float_residual)};
+}
+
+// Samples, each of them split into tasks.
+void conv_samples(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
+                  const ConvTarget& dst, const Parallel& parallel) {
+  const bool floats = src.floats && dst.floats && !dst.residual;
+  const bool planar = conv_is_planar(shape) && !conv_fits_depthwise(op, shape);
+  // Rows of output shorter than a vector leave it half empty: channels fill one.
+  if (planar && (shape.groups > 1 || shape.out[2] >= kLeastRow)) {
+    if (dst.bytes && shape.groups == 1)
+      return conv_planar_rows(op, shape, src.floats, batch, dst.bytes, parallel);
+    if (dst.floats && conv_fits_lanes(shape))
+      return conv_planar_lanes(op, shape, src.floats, batch, dst, parallel);
+    return conv_planar(op, shape, src.floats, batch, dst, parallel);
+  }
+  const Products products =
+      planar ? Products{} : products_of(*op.kernels, op.rounding.mode, *op.weight);
+  if (floats && conv_fits_pixels(op, shape, products))
+    return conv_pixels(op, shape, products, src.floats, batch, dst, parallel);
+  conv_rows(op, shape, src, batch, dst, parallel);
+}
 
 }  // namespace
 
@@ -62,21 +96,14 @@ bool conv_multiplies_integers(const Conv& op, const ConvShape& shape) {
 void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
           const ConvTarget& dst, const Parallel& parallel) {
   if (shape.num_out() == 0 || batch == 0) return;
-  const bool floats = src.floats && dst.floats && !dst.residual;
-  const bool planar = conv_is_planar(shape) && !conv_fits_depthwise(op, shape);
-  // Rows of output shorter than a vector leave it half empty: channels fill one.
-  if (planar && (shape.groups > 1 || shape.out[2] >= kLeastRow)) {
-    if (dst.bytes && shape.groups == 1)
-      return conv_planar_rows(op, shape, src.floats, batch, dst.bytes, parallel);
-    if (dst.floats && conv_fits_lanes(shape))
-      return conv_planar_lanes(op, shape, src.floats, batch, dst, parallel);
-    return conv_planar(op, shape, src.floats, batch, dst, parallel);
-  }
-  const Products products =
-      planar ? Products{} : products_of(*op.kernels, op.rounding.mode, *op.weight);
-  if (floats && conv_fits_pixels(op, shape, products))
-    return conv_pixels(op, shape, products, src.floats, batch, dst, parallel);
-  conv_rows(op, shape, src, batch, dst, parallel);
+  const size_t work = shape.num_out() * shape.channels_out * op.weight->k;
+  if (batch == 1 || work > kSmallSample) return conv_samples(op, shape, src, batch, dst, parallel);
+  const size_t step = std::clamp<size_t>(kTaskWork / work, 1, ceil_div(batch, 2));
+  parallel_for(parallel, ceil_div(batch, step), [&](size_t task) {
+    const size_t first = task * step;
+    conv_samples(op, shape, sample_of(shape, src, first), std::min(step, batch - first),
+                 sample_of(shape, dst, first), serial());
+  });
 }
 
 }  // namespace afpq

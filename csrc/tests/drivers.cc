@@ -8,11 +8,6 @@
 namespace afpq::tests {
 namespace {
 
-const Parallel kSerial = {[](void*, size_t total, void (*task)(void*, size_t), void* user) {
-                            for (size_t i = 0; i < total; ++i) task(user, i);
-                          },
-                          nullptr};
-
 // FNV-1a over the bytes of results.
 class Checksum {
  public:
@@ -97,7 +92,7 @@ void compare_matmul(Comparison* comparison, Checksum* checksum) {
                 const PackedWeight weight =
                     stored.load(kernels, 1, rounding.mode != Activations::kF32);
                 matmul({&kernels, &weight, rounding, bias.data(), low, kInfinity}, lhs.data(), m,
-                       dst, kSerial);
+                       dst, serial());
               }));
         }
       }
@@ -163,7 +158,7 @@ struct ConvCase {
       target.floats = dst;
       target.float_residual = residual;
     }
-    conv(op, shape, src, kBatch, target, kSerial);
+    conv(op, shape, src, kBatch, target, serial());
   }
 };
 
@@ -238,7 +233,7 @@ void compare_gather(Comparison* comparison, Checksum* checksum) {
           if (&kernels == &comparison->table()) {
             const PackedWeight weight = stored.load(kernels, 1, false);
             int64_t bad = 0;
-            gather(weight, indices.data(), indices.size(), dst, kSerial, &bad);
+            gather(weight, indices.data(), indices.size(), dst, serial(), &bad);
             return;
           }
           for (size_t i = 0; i < indices.size() * stored.k; ++i) {
