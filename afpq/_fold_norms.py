@@ -28,6 +28,8 @@ def fold_batch_norms(model: Model) -> Model:
     Raises:
         ModelError: a folded weight or bias is not finite.
     """
+    if all(node.op_type != "BatchNormalization" for node in model.ir.graph):
+        return model
     changed = model.ir.clone()
     constants = Constants(changed.graph)
     nodes = list(changed.graph)

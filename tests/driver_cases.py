@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from afpq import _core
 from afpq.formats import decode, encode, round_scale
 from afpq.packing import pack
 
@@ -22,6 +23,17 @@ def quantized(rng, n, k, fmt, groups=1):
     spread = np.repeat(scale.T, -(-k // groups), axis=1)[:, :k]
     codes = encode(weight, fmt, spread)
     return pack(codes, fmt.bits), scale, codes, decode(codes, fmt, spread).astype(np.float64)
+
+
+def check_everywhere(run, exact, bound, threads=(1, 2)):
+    """run(isa, threads) is within `bound` of `exact`, and the same bits everywhere."""
+    first = None
+    for isa in _core.kernels.isa_names():
+        for number in threads:
+            y = run(isa, number)
+            assert (np.abs(y - exact) <= bound).all()
+            first = y if first is None else first
+            np.testing.assert_array_equal(y, first)
 
 
 def rounded_rows(x, planes):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from driver_cases import PLANES, STATIC, quantized, rounded_rows
+from driver_cases import PLANES, STATIC, check_everywhere, quantized, rounded_rows
 from kernel_arrays import INF
 
 from afpq import _core
@@ -199,16 +199,8 @@ def test_matmul_rounds_activations_to_a_static_format(text, activation_format, s
     rows = x if fmt.kernel_class == "wide" else fake_quantize(x, activation, scale)
     exact = rows.astype(np.float64) @ weight.T + bias
     bound = (k + 4) * 2.0**-24 * (np.abs(rows) @ np.abs(weight).T + np.abs(bias))
-    first = None
-    for isa in _core.kernels.isa_names():
-        for threads in (1, 3):
-            y = _core.matmul(
-                isa, threads, x, data, text, n, k, scales, 0, bias, "a8", -INF, INF,
-                activation_format, scale,
-            )  # fmt: skip
-            assert (np.abs(y - exact) <= bound).all()
-            first = y if first is None else first
-            np.testing.assert_array_equal(y, first)
+    args = x, data, text, n, k, scales, 0, bias, "a8", -INF, INF, activation_format, scale
+    check_everywhere(lambda isa, threads: _core.matmul(isa, threads, *args), exact, bound, (1, 3))
 
 
 def test_a_static_format_adds_up_exactly_what_numpy_adds_up(isa):

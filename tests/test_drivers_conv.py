@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from driver_cases import PLANES, STATIC, quantized, rounded_rows
+from driver_cases import PLANES, STATIC, check_everywhere, quantized, rounded_rows
 from kernel_arrays import INF, clamp
 
 from afpq import _core
@@ -59,6 +59,10 @@ SHAPES = [
     (3, 38, 1, (1, 50, 70), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 25, 35)),
     (1, 7, 1, (1, 30, 30), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 30, 30)),
     (4, 4, 4, (5, 6, 7), (3, 2, 3), (2, 1, 2), (1, 2, 1), (1, 1, 1), (3, 6, 4)),
+    # All that is read lies in the padding of depth.
+    (4, 8, 1, (1, 6, 16), (1, 1, 1), (2, 1, 1), (1, 1, 1), (1, 0, 0), (1, 6, 16)),
+    (4, 8, 1, (1, 6, 16), (1, 3, 3), (2, 1, 1), (1, 1, 1), (1, 1, 1), (1, 6, 16)),
+    (16, 16, 16, (1, 6, 6), (1, 3, 3), (2, 1, 1), (1, 1, 1), (1, 1, 1), (1, 6, 6)),
 ]
 
 
@@ -86,16 +90,12 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
         * 2.0**-24
         * (naive_conv(np.abs(rows), np.abs(weight), *geometry) + np.abs(bias)[:, None, None, None])
     )
-    first = None
-    for isa in _core.kernels.isa_names():
-        for threads in (1, 2):
-            y = _core.conv(
-                isa, threads, x, data, text, n, k, scale, bias, activations, -INF, 3.0,
-                groups, kernel, strides, dilations, pads, out,
-            )  # fmt: skip
-            assert (np.abs(y - np.minimum(exact, 3.0)) <= bound).all()
-            first = y if first is None else first
-            np.testing.assert_array_equal(y, first)
+
+    def run(isa, threads):
+        args = x, data, text, n, k, scale, bias, activations, -INF, 3.0
+        return _core.conv(isa, threads, *args, *geometry)
+
+    check_everywhere(run, np.minimum(exact, 3.0), bound)
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -119,15 +119,25 @@ def test_taps_of_any_geometry(seed, depthwise):
         rows = rounded_rows(x.reshape(5, -1), planes).reshape(x.shape)
         exact = naive_conv(rows, weight, *geometry)
         bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
-        first = None
-        for isa in _core.kernels.isa_names():
-            for threads in (1, 2):
-                y = _core.conv(
-                    isa, threads, x, data, "e2m2", n, k, scale, None, activations, -INF, INF, *geometry
-                )  # fmt: skip
-                assert (np.abs(y - exact) <= bound).all()
-                first = y if first is None else first
-                np.testing.assert_array_equal(y, first)
+        args = x, data, "e2m2", n, k, scale, None, activations, -INF, INF, *geometry
+        check_everywhere(
+            lambda isa, threads, args=args: _core.conv(isa, threads, *args), exact, bound
+        )
+
+
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("size", [(1, 0, 0), (1, 2, 0), (1, 0, 3)])
+def test_an_input_that_is_all_padding_gives_the_bias(size, groups, activations):
+    rng = np.random.default_rng(3)
+    k = 9 * 16 // groups
+    data, scale, _, _ = quantized(rng, 16, k, AfpFormat(2, 2))
+    bias = rng.standard_normal(16).astype(np.float32)
+    x, ones = np.zeros((3, 16, *size), np.float32), (1, 1, 1)
+    args = x, data, "e2m2", 16, k, scale, bias, activations, -INF, INF
+    geometry = groups, (1, 3, 3), ones, ones, (0, 2, 9), (1, 2, 16)
+    exact = np.broadcast_to(bias[:, None, None, None], (3, 16, 1, 2, 16))
+    check_everywhere(lambda isa, threads: _core.conv(isa, threads, *args, *geometry), exact, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +182,12 @@ def test_conv_rounds_activations_to_a_static_format(shape, activation_format, sc
     geometry = groups, kernel, strides, dilations, pads, out
     exact = naive_conv(rows, weight, *geometry)
     bound = (k + 4) * 2.0**-24 * naive_conv(np.abs(rows), np.abs(weight), *geometry)
-    first = None
-    for isa in _core.kernels.isa_names():
-        for threads in (1, 2):
-            y = _core.conv(
-                isa, threads, x, data, "e2m2", n, k, scales, None, "a8", -INF, INF,
-                groups, kernel, strides, dilations, pads, out, activation_format, scale,
-            )  # fmt: skip
-            assert (np.abs(y - exact) <= bound).all()
-            first = y if first is None else first
-            np.testing.assert_array_equal(y, first)
+
+    def run(isa, threads):
+        args = x, data, "e2m2", n, k, scales, None, "a8", -INF, INF
+        return _core.conv(isa, threads, *args, *geometry, activation_format, scale)
+
+    check_everywhere(run, exact, bound)
 
 
 def test_a_sample_does_not_depend_on_its_batch(isa):

@@ -10,18 +10,23 @@ namespace {
 constexpr size_t kTaskElements = size_t{1} << 15;
 constexpr size_t kLeastRow = 8;                   // pixels
 constexpr size_t kSmallSample = size_t{1} << 22;  // products that are not worth more than a task
-constexpr size_t kTaskWork = size_t{1} << 21;     // products that are worth one
+constexpr size_t kSamplesWork = size_t{1} << 21;  // products that are worth a task of samples
 
 // Sample i of a batch.
+template <typename T>
+T* moved(T* data, size_t count) {
+  return data ? data + count : nullptr;
+}
+
 ConvSource sample_of(const ConvShape& shape, const ConvSource& src, size_t i) {
   const size_t at = i * shape.channels_in * shape.num_in();
-  return {src.floats ? src.floats + at : nullptr, src.bytes ? src.bytes + at : nullptr};
+  return {moved(src.floats, at), moved(src.bytes, at)};
 }
 
 ConvTarget sample_of(const ConvShape& shape, const ConvTarget& dst, size_t i) {
   const size_t at = i * shape.channels_out * shape.num_out();
-  const auto moved = [&](auto* data) { return data ? data + at : nullptr; };
-  return {moved(dst.floats), moved(dst.bytes), moved(dst.residual), moved(dst.float_residual)};
+  return {moved(dst.floats, at), moved(dst.bytes, at), moved(dst.residual, at),
+          moved(dst.float_residual, at)};
 }
 
 // Samples, each of them split into tasks.
@@ -53,14 +58,14 @@ RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const floa
     int finite;
   };
   const size_t total = shape.num_in() * shape.channels_in, parts = ceil_div(total, kTaskElements);
-  std::vector<Range> ranges(parts);
+  std::vector<Range> ranges(parts);  // none of an input that is all padding
   parallel_for(parallel, parts, [&](size_t part) {
     const size_t begin = part * kTaskElements;
     Range& range = ranges[part];
     op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &range.low,
                           &range.high, &range.finite);
   });
-  Range all = ranges[0];
+  Range all = {0.0f, 0.0f, 1};
   for (const Range& range : ranges) {
     all.low = std::min(all.low, range.low);
     all.high = std::max(all.high, range.high);
@@ -98,7 +103,7 @@ void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t 
   if (shape.num_out() == 0 || batch == 0) return;
   const size_t work = shape.num_out() * shape.channels_out * op.weight->k;
   if (batch == 1 || work > kSmallSample) return conv_samples(op, shape, src, batch, dst, parallel);
-  const size_t step = std::clamp<size_t>(kTaskWork / work, 1, ceil_div(batch, 2));
+  const size_t step = std::clamp<size_t>(kSamplesWork / work, 1, ceil_div(batch, 2));
   parallel_for(parallel, ceil_div(batch, step), [&](size_t task) {
     const size_t first = task * step;
     conv_samples(op, shape, sample_of(shape, src, first), std::min(step, batch - first),

@@ -33,6 +33,8 @@ struct ConvShape {
   size_t reach(int axis) const { return (kernel[axis] - 1) * dilations[axis]; }
   // What all outputs read of an axis, padding included.
   size_t num_reached(int axis) const { return (out[axis] - 1) * strides[axis] + reach(axis) + 1; }
+  // Without depth, and without padding there.
+  bool is_flat() const { return in[0] == 1 && kernel[0] == 1 && out[0] == 1 && pads[0] == 0; }
   size_t group_in() const { return channels_in / groups; }
   size_t group_out() const { return channels_out / groups; }
 };

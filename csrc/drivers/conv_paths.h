@@ -1,6 +1,8 @@
 // The paths of convolutions, which `conv` chooses from, and what they share.
 #pragma once
 
+#include <algorithm>
+
 #include "drivers/conv.h"
 
 namespace afpq {
@@ -37,6 +39,12 @@ struct PlanarEnd {
 
   PlanarEnd(const Conv& op, size_t channels, bool to_bytes);
 };
+
+// How many of `total` items of work, of so many products each, make a task.
+inline size_t planar_step(size_t total, size_t products) {
+  constexpr size_t kTaskWork = size_t{1} << 18;
+  return std::max<size_t>(1, std::min(ceil_div(total, 8), kTaskWork / products));
+}
 
 // The planar path from planes without groups to bytes; no residual.
 void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, size_t batch,

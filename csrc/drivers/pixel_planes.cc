@@ -22,10 +22,10 @@ constexpr size_t kLeastTaskPixels = 128;  // for a block to be worth its expansi
 
 // One axis: which remainders of positions, padding included, by the stride are read.
 struct Phases {
-  size_t stride, reach;
+  size_t stride;
   std::vector<size_t> used;
 
-  Phases(const ConvShape& shape, int axis) : stride(shape.strides[axis]), reach(shape.reach(axis)) {
+  Phases(const ConvShape& shape, int axis) : stride(shape.strides[axis]) {
     for (size_t k = 0; k < shape.kernel[axis]; ++k) {
       const size_t phase = k * shape.dilations[axis] % stride;
       if (std::find(used.begin(), used.end(), phase) == used.end()) used.push_back(phase);
@@ -94,7 +94,7 @@ void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sam
   task_scratch().reset(Scratch::room<uint8_t>(bytes));
   uint8_t* rounded = task_scratch().take<uint8_t>(bytes);
   if (count > 0) quantize_pixels(job, sample, (first - top) * shape.in[2], count, count, rounded);
-  const size_t filled = (end < planes.rows ? end * planes.pitch : planes.pixels);
+  const size_t filled = end < planes.rows ? end * planes.pitch : planes.pixels;
   for (size_t g = 0; g < job.groups(); ++g, dst += planes.stride) {
     const float* src = reinterpret_cast<const float*>(rounded) + g * count;
     for (size_t py = 0; py < planes.y.used.size(); ++py) {
@@ -126,7 +126,7 @@ void make_planes(const PixelJob& job, const Planes& planes, const PixelSample& s
   float padding;
   std::memcpy(&padding, &dword, sizeof(padding));
   const size_t row = planes.y.stride * job.shape.in[2] * job.shape.channels_in;
-  const size_t step = std::max<size_t>(1, kTaskElements / row);
+  const size_t step = std::max<size_t>(1, kTaskElements / std::max<size_t>(1, row));
   parallel_for(parallel, ceil_div(planes.rows, step), [&](size_t task) {
     fill_rows(job, planes, sample, padding, task * step, std::min(planes.rows, (task + 1) * step),
               reinterpret_cast<float*>(made));

@@ -85,13 +85,12 @@ void multiply_pixels(const PixelJob& job, const PixelSample& sample, const Pixel
 }
 
 bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products) {
-  const bool flat = shape.in[0] == 1 && shape.kernel[0] == 1 && shape.out[0] == 1;
   const size_t lanes = op.kernels->pixel_lanes;
   // Where many lanes would be empty, rows are faster.
   const bool full = lanes && ceil_div(shape.num_out(), lanes) * lanes * 7 <= shape.num_out() * 8;
   return full && products.elements != Elements::kFloats && products.lhs_planes == 1 &&
          op.weight->segments.size() == 1 && shape.groups == 1 && shape.channels_in % kTileK == 0 &&
-         flat && shape.num_out() >= kLeastPixels && shape.out[2] <= kMostPixels &&
+         shape.is_flat() && shape.num_out() >= kLeastPixels && shape.out[2] <= kMostPixels &&
          (products.elements == Elements::kWords ||
           (products.rhs_planes == 1 && op.weight->limits[0] <= op.kernels->a8_byte_limit));
 }

@@ -20,10 +20,9 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kStripElements = 7168;        // of input rows: 28 KB
-constexpr size_t kStripRows = 4;               // kernels like multiples of it
-constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
-constexpr size_t kFloats = size_t{1} << 15;    // of a strip that becomes bytes
+constexpr size_t kStripElements = 7168;      // of input rows: 28 KB
+constexpr size_t kStripRows = 4;             // kernels like multiples of it
+constexpr size_t kFloats = size_t{1} << 15;  // of a strip that becomes bytes
 
 // A strip is `height` output rows (less at the end) at one depth.
 struct Strips {
@@ -281,7 +280,7 @@ void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_
   const size_t items = ceil_div(shape.channels_out, channels) * strips.count;
   const size_t total = batch * items, row = shape.out[2];
   const size_t work_of_one = strips.height * row * op.weight->k * channels;
-  const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), kTaskWork / work_of_one));
+  const size_t step = planar_step(total, work_of_one);
   parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
     Workspace work(strips, *op.weight, to_bytes ? channels * strips.height * row : 0);
     for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {

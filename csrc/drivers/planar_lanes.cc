@@ -13,9 +13,8 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kMostColumns = kTileN / 2;    // half a vector
-constexpr size_t kMostPixels = 4096;           // of a plane: 16 of them stay in L2
-constexpr size_t kTaskWork = size_t{1} << 18;  // products that are worth a task
+constexpr size_t kMostColumns = kTileN / 2;  // half a vector
+constexpr size_t kMostPlane = 4096;          // pixels: 16 planes stay in L2
 
 struct Lanes {
   size_t rows, columns;  // of a plane with its padding
@@ -54,7 +53,8 @@ struct Workspace {
   }
 };
 
-// Pixels between the padding.
+// Pixels between the padding, which all blocks of a task share: `copy_line`, which fills it every
+// time, would take longer.
 void pad_pixels(const ConvShape& shape, const Lanes& lanes, const Workspace& work) {
   const size_t top = shape.pads[1], left = shape.pads[2];
   if (left >= lanes.columns) return;
@@ -101,13 +101,12 @@ void run_block(const Conv& op, const ConvShape& shape, const Lanes& lanes, size_
 }  // namespace
 
 bool conv_fits_lanes(const ConvShape& shape) {
-  const bool flat = shape.in[0] == 1 && shape.kernel[0] == 1 && shape.out[0] == 1;
   // Which the kernel of planes has a way of its own for.
   const bool nine = shape.kernel[1] == 3 && shape.kernel[2] == 3 && shape.dilations[1] == 1 &&
                     shape.dilations[2] == 1;
-  return flat && conv_is_depthwise(shape) && shape.groups % kTileN == 0 &&
-         (shape.out[2] <= kMostColumns || !nine) && shape.num_in() <= kMostPixels &&
-         shape.num_reached(1) * shape.num_reached(2) <= 2 * kMostPixels;
+  return shape.is_flat() && conv_is_depthwise(shape) && shape.groups % kTileN == 0 &&
+         (shape.out[2] <= kMostColumns || !nine) && shape.num_in() <= kMostPlane &&
+         shape.num_reached(1) * shape.num_reached(2) <= 2 * kMostPlane;
 }
 
 void conv_planar_lanes(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
@@ -115,7 +114,7 @@ void conv_planar_lanes(const Conv& op, const ConvShape& shape, const float* src,
   const Lanes lanes(shape);
   const size_t blocks = shape.groups / kTileN, total = batch * blocks;
   const size_t work_of_one = shape.num_out() * lanes.taps.size() * kTileN;
-  const size_t step = std::max<size_t>(1, std::min(ceil_div(total, 8), kTaskWork / work_of_one));
+  const size_t step = planar_step(total, work_of_one);
   parallel_for(parallel, ceil_div(total, step), [&](size_t task) {
     const Workspace work(shape, lanes, *op.weight);
     for (size_t i = task * step; i < std::min(total, (task + 1) * step); ++i) {

@@ -155,6 +155,12 @@ class Comparison {
   std::vector<Count> names_;
 };
 
+// What outputs are clamped to.
+struct Bounds {
+  float low, high;
+};
+constexpr Bounds kBounds[] = {{-__builtin_inff(), __builtin_inff()}, {0.0f, 6.0f}, {-0.5f, 0.25f}};
+
 // What a case is called: its numbers.
 template <typename... Numbers>
 std::string text_of(const char* names, Numbers... numbers) {
@@ -166,6 +172,7 @@ std::string text_of(const char* names, Numbers... numbers) {
 void compare_products(Comparison* comparison);
 void compare_rounding(Comparison* comparison);
 void compare_ends(Comparison* comparison);
+void compare_planar_kernels(Comparison* comparison);
 // Returns a checksum of all results, which is the same on every machine.
 uint64_t compare_drivers(Comparison* comparison);
 

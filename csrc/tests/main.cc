@@ -18,6 +18,7 @@ int main() {
   compare_products(&comparison);
   compare_rounding(&comparison);
   compare_ends(&comparison);
+  compare_planar_kernels(&comparison);
   const uint64_t checksum = compare_drivers(&comparison);
   const bool good = comparison.report();
   std::printf("checksum: %016" PRIx64 "\n", checksum);

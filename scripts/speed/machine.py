@@ -21,11 +21,11 @@ def facts() -> dict[str, object]:
     )
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    kept = {"kept_to": " kept to AVX2"} if KEPT_TO_AVX2 in os.environ else {}
-    return kept | {
+    kept = " kept to AVX2" if KEPT_TO_AVX2 in os.environ else ""
+    return {
         "machine": f"{cpu[0] if cpu else platform.processor()}, {len(cpu)} cores",
         "isa": _core.kernels.active_isa(),
-        "onnxruntime": ort.__version__,
+        "onnxruntime": ort.__version__ + kept,
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
