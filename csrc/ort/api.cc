@@ -1,5 +1,9 @@
 #include "ort/api.h"
 
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
 namespace afpq::ort {
 namespace {
 
@@ -23,7 +27,11 @@ enum Slot : size_t {
   kNodeName = 244,
   kConstantInput = 249,
   kParallelFor = 274,
+  kTypeAndShapeReference = 414,
 };
+
+// The last table that has kTypeAndShapeReference.
+std::atomic<const OrtApi*> newer_table{nullptr};
 
 // True for success; the status is released either way. For questions whose "no" is not an error.
 bool succeeded(const OrtApi* api, OrtStatus* status) {
@@ -32,8 +40,18 @@ bool succeeded(const OrtApi* api, OrtStatus* status) {
   return false;
 }
 
-Tensor describe(const OrtApi* api, const OrtValue* value, const char* what) {
-  Tensor tensor;
+void read_type_and_shape(const OrtApi* api, const OrtValue* value, const char* what,
+                         Tensor* tensor) {
+  if (api == newer_table.load(std::memory_order_relaxed)) {
+    const int64_t* dims = nullptr;
+    size_t rank = 0;
+    check(api,
+          call<OrtStatus*(const OrtValue*, int*, const int64_t**, size_t*)>(
+              api, kTypeAndShapeReference)(value, &tensor->type, &dims, &rank),
+          what);
+    tensor->dims.assign(dims, dims + rank);
+    return;
+  }
   OrtTensorTypeAndShapeInfo* info = nullptr;
   check(api,
         call<OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>(api, kGetTensorTypeAndShape)(
@@ -41,18 +59,23 @@ Tensor describe(const OrtApi* api, const OrtValue* value, const char* what) {
         what);
   size_t rank = 0;
   OrtStatus* status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int*)>(
-      api, kGetTensorElementType)(info, &tensor.type);
+      api, kGetTensorElementType)(info, &tensor->type);
   if (!status) {
     status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, size_t*)>(api, kGetDimensionsCount)(
         info, &rank);
   }
   if (!status) {
-    tensor.dims.resize(rank);
+    tensor->dims.resize(rank);
     status = call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t*, size_t)>(
-        api, kGetDimensions)(info, tensor.dims.data(), rank);
+        api, kGetDimensions)(info, tensor->dims.data(), rank);
   }
   call<void(OrtTensorTypeAndShapeInfo*)>(api, kReleaseTensorTypeAndShapeInfo)(info);
   check(api, status, what);
+}
+
+Tensor describe(const OrtApi* api, const OrtValue* value, const char* what) {
+  Tensor tensor;
+  read_type_and_shape(api, value, what, &tensor);
   void* data = nullptr;
   check(api,
         call<OrtStatus*(OrtValue*, void**)>(api, kGetTensorMutableData)(
@@ -63,6 +86,12 @@ Tensor describe(const OrtApi* api, const OrtValue* value, const char* what) {
 }
 
 }  // namespace
+
+void note_version(const OrtApi* api, const char* version) {
+  // "1.24.0" has API 24.
+  const char* minor = std::strchr(version, '.');
+  if (minor && std::atoi(minor + 1) >= 24) newer_table = api;
+}
 
 void check(const OrtApi* api, OrtStatus* status, const char* what) {
   if (status == nullptr) return;

@@ -19,6 +19,10 @@ struct Error : std::runtime_error {
 
 void check(const OrtApi* api, OrtStatus* status, const char* what);
 
+// Says of which version the runtime of a table is: tensors of newer ones are looked at without
+// allocating anything.
+void note_version(const OrtApi* api, const char* version);
+
 // A tensor as ops see it.
 struct Tensor {
   int type = 0;

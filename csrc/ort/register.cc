@@ -48,5 +48,6 @@ extern "C" __attribute__((visibility("default"))) afpq::ort::OrtStatus* Register
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr)
     return nullptr;  // older than 1.17: nothing to register with; the model then fails to load
+  note_version(api, base->GetVersionString());
   return guarded(api, "afpq", [&] { register_ops(api, options); });
 }
