@@ -25,9 +25,10 @@ __all__ = ["BenchResult", "Rounds", "Timing", "bench", "node_shares", "time_mode
 _MIN_ROUNDS = 20
 _WARM_UP = 3
 # With more than one thread, those of a model go on looking for work for a while after it has run, on the processors
-# that the next one needs.
+# that the next one needs. And when they wake, the system takes a while to give each a processor of its own.
 _SETTLE_SECONDS = 0.04
-_WAKE_SECONDS = 0.005
+_WAKE_SECONDS = 0.1
+_BURST_SECONDS = 0.02
 _MIN_PROFILED = 3
 _KERNEL_TIME = "_kernel_time"  # how the profile ends the name of a node
 
@@ -185,7 +186,10 @@ def _rounds(
     pause: float,
     progress: Callable[[str, int, int], None] | None,
 ) -> npt.NDArray[np.float64]:
-    """Milliseconds [models, rounds]; who goes first alternates. Behind a pause, first runs only wake threads."""
+    """Milliseconds [models, rounds]; who goes first alternates.
+
+    Behind a pause, first runs only wake threads, and the median of some that follow counts.
+    """
     for model in sessions:
         for _ in range(_WARM_UP):
             _run(model, feeds)
@@ -197,12 +201,9 @@ def _rounds(
         for index in order if len(times) % 2 else reversed(order):
             if pause > 0:
                 time.sleep(pause)
-                awake = time.perf_counter() + _WAKE_SECONDS
-                while time.perf_counter() < awake:
-                    sessions[index].run(None, feeds)
-            begin = time.perf_counter()
-            sessions[index].run(None, feeds)
-            taken[index] = 1e3 * (time.perf_counter() - begin)
+                _burst(sessions[index], feeds, _WAKE_SECONDS)
+            burst = _burst(sessions[index], feeds, _BURST_SECONDS if pause > 0 else 0.0)
+            taken[index] = 1e3 * float(np.median(burst))
         times.append(taken)
         if progress is not None:
             share = min((time.perf_counter() - start) / seconds, len(times) / min_rounds)
@@ -210,6 +211,18 @@ def _rounds(
     if progress is not None:
         progress("bench", 100, 100)
     return np.asarray(np.array(times).T)
+
+
+def _burst(model: ort.InferenceSession, feeds: Feeds, seconds: float) -> list[float]:
+    """Seconds of the runs that begin within `seconds`, one at least."""
+    taken: list[float] = []
+    begin = start = time.perf_counter()
+    while not taken or begin < start + seconds:
+        model.run(None, feeds)
+        end = time.perf_counter()
+        taken.append(end - begin)
+        begin = end
+    return taken
 
 
 def _run(model: ort.InferenceSession, feeds: Feeds) -> None:

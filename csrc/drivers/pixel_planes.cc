@@ -17,7 +17,7 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kTaskElements = size_t{1} << 15;
+constexpr size_t kTaskElements = size_t{1} << 13;
 constexpr size_t kLeastTaskPixels = 128;  // for a block to be worth its expansion
 
 // One axis: which remainders of positions, padding included, by the stride are read.
@@ -80,6 +80,31 @@ struct Inside {
         end(to > phase ? ceil_div(to - phase, stride) : 0) {}
 };
 
+// Rows [begin, end) of all planes, of stride 1: pixels are rounded to where they belong. dst:
+// [groups][planes.stride] dwords.
+void round_rows(const PixelJob& job, const Planes& planes, const PixelSample& sample,
+                uint32_t padding, size_t begin, size_t end, uint32_t* dst) {
+  const ConvShape& shape = job.shape;
+  const size_t top = shape.pads[1], left = shape.pads[2], width = shape.in[2];
+  const size_t first = std::clamp(begin, top, top + shape.in[1]);
+  const size_t last = std::clamp(end, first, top + shape.in[1]);
+  const size_t filled = end < planes.rows ? end * planes.pitch : planes.pixels;
+  for (size_t g = 0; g < job.groups(); ++g) {
+    uint32_t* plane = dst + g * planes.stride;
+    size_t from = begin * planes.pitch;
+    for (size_t y = first; y < last; ++y) {
+      const size_t at = y * planes.pitch + left;
+      std::fill(plane + from, plane + at, padding);
+      from = at + width;
+    }
+    std::fill(plane + from, plane + filled, padding);
+  }
+  for (size_t y = first; y < last; ++y) {
+    quantize_pixels(job, sample, (y - top) * width, width, planes.stride,
+                    reinterpret_cast<uint8_t*>(dst + y * planes.pitch + left));
+  }
+}
+
 // Rows [begin, end) of all planes. dst: [groups][planes.stride] dwords, as floats because the
 // kernel moves floats.
 void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sample, float padding,
@@ -127,9 +152,14 @@ void make_planes(const PixelJob& job, const Planes& planes, const PixelSample& s
   std::memcpy(&padding, &dword, sizeof(padding));
   const size_t row = planes.y.stride * job.shape.in[2] * job.shape.channels_in;
   const size_t step = std::max<size_t>(1, kTaskElements / std::max<size_t>(1, row));
+  const bool in_place = planes.y.stride == 1 && planes.x.stride == 1;
   parallel_for(parallel, ceil_div(planes.rows, step), [&](size_t task) {
-    fill_rows(job, planes, sample, padding, task * step, std::min(planes.rows, (task + 1) * step),
-              reinterpret_cast<float*>(made));
+    const size_t begin = task * step, end = std::min(planes.rows, begin + step);
+    if (in_place) {
+      round_rows(job, planes, sample, dword, begin, end, reinterpret_cast<uint32_t*>(made));
+    } else {
+      fill_rows(job, planes, sample, padding, begin, end, reinterpret_cast<float*>(made));
+    }
   });
 }
 
