@@ -107,19 +107,20 @@ def _products(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
 
 def _quantizers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     src, row = _floats(rng, 20, _COUNT), _floats(rng, _COUNT)
+    rows = (3, _COUNT // 3, _COUNT // 3 + 2)  # of pixels: how many, their size, from one to the next
     yield "range_f32", lambda isa: [np.array(_KERNELS.range_f32(isa, row))]
     static = {"format": "ue2m5", "scale": np.float32(0.0390625)}
     even = {"format": "e0m7", "scale": np.float32(0.0390625)}
     for how in ({}, static, even):
         yield _into("quantize_u8_f32", np.uint8, (1, _COUNT), row, 30.0, 131, **how)
         yield _into("quantize_transpose_u8_f32", np.uint8, (1, _COUNT, 20), src, 30.0, 131, **how)
-        yield _into("quantize_pixels_u8_f32", np.uint8, (5, 96, 4), src, _COUNT, 30.0, 131, **how)
+        yield _into("quantize_pixels_u8_f32", np.uint8, (5, 96, 4), src, *rows, 30.0, 131, **how)
         yield _into("quantize_s16_f32", np.int16, (_COUNT,), row, 30.0, 131, 256, **how)
         yield _into(
             "quantize_transpose_s16_f32", np.int16, (_COUNT, 20), src, 30.0, 131, 256, **how
         )
         yield _into(
-            "quantize_pixels_s16_f32", np.int16, (10, 96, 2), src, _COUNT, 30.0, 131, 256, **how
+            "quantize_pixels_s16_f32", np.int16, (10, 96, 2), src, *rows, 30.0, 131, 256, **how
         )
     yield _into("transpose_f32", np.float32, (_COUNT, 20), src)
 

@@ -71,36 +71,43 @@ def test_gemm_of_pixels_is_exact_and_rounds_once(
             assert (dst[:, len(written) :] == 7).all()
 
 
-@pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 49, 70])
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 15, 16, 17, 49, 70])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("gap", [0, 1, 4])
 @pytest.mark.parametrize("rounding", ["a8", "a16", "e0m7", "ue2m5"])
-def test_quantize_pixels_joins_channels(isa: str, rounding: str, count: int) -> None:
+def test_quantize_pixels_joins_channels(
+    isa: str, rounding: str, gap: int, rows: int, size: int
+) -> None:
     planes, text, scale = 1 + (rounding == "a16"), "", 0.0
     inverse_scale, zero_point = (9000.0, 32768) if rounding == "a16" else (100.0, 131)
     if rounding[0] != "a":
         text, scale = rounding, SCALES[1]
+    run = (rows, size, size + gap)
+    written = np.add.outer(np.arange(rows) * (size + gap), np.arange(size)).ravel()
     for channels in (4, 8, 12, 40):
-        src = floats(np.random.default_rng(channels), channels, count + channels % 8)
-        used = src[:, :count]
+        src = floats(np.random.default_rng(channels), channels, rows * size + channels % 8)
+        used = src[:, : rows * size]
         q = quantize(used, inverse_scale, zero_point, planes)
         if text:
             q = encoded(used, AfpFormat.parse(text), scale)[None]
-        stride = count + channels % 3
+        pixels = written[-1] + 1 + channels % 3
+        others = np.delete(np.arange(pixels), written)
         src = guarded(src)
-        with output((channels // 2, stride, 2), np.int16, 7) as dst:
+        with output((channels // 2, pixels, 2), np.int16, 7) as dst:
             kernels.quantize_pixels_s16_f32(
-                isa, src, count, inverse_scale, zero_point, 256**planes, dst, text, scale
+                isa, src, *run, inverse_scale, zero_point, 256**planes, dst, text, scale
             )
-            expected = words_of(q).reshape(-1, 2, count).swapaxes(1, 2)
-            assert_same_bits(dst[:, :count], expected, channels)
-            assert (dst[:, count:] == 7).all()
+            expected = words_of(q).reshape(-1, 2, rows * size).swapaxes(1, 2)
+            assert_same_bits(dst[:, written], expected, channels)
+            assert (dst[:, others] == 7).all()
         if planes == 1:
-            with output((channels // 4, stride, 4), np.uint8, 7) as dst:
+            with output((channels // 4, pixels, 4), np.uint8, 7) as dst:
                 kernels.quantize_pixels_u8_f32(
-                    isa, src, count, inverse_scale, zero_point, dst, text, scale
+                    isa, src, *run, inverse_scale, zero_point, dst, text, scale
                 )
-                expected = q.reshape(-1, 4, count).swapaxes(1, 2)
-                assert_same_bits(dst[:, :count], expected, channels)
-                assert (dst[:, count:] == 7).all()
+                expected = q.reshape(-1, 4, rows * size).swapaxes(1, 2)
+                assert_same_bits(dst[:, written], expected, channels)
+                assert (dst[:, others] == 7).all()
 
 
 # rows and columns of an output plane, then of an input plane

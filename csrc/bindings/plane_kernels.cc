@@ -15,30 +15,34 @@ namespace {
 // src: [num_channels, src_stride], dst: [num_channels / 2, pixel_stride, 2] or [num_channels / 4,
 // pixel_stride, 4]
 template <typename T>
-void check_pixels(Array<const float, 2> src, size_t count, Array<T, 3> dst) {
+AfpqPixelSource pixel_source(Array<const float, 2> src, size_t num_rows, size_t row_size,
+                             size_t row_pitch, Array<T, 3> dst) {
   require(dst.shape(2) == 4 / sizeof(T) && src.shape(0) == dst.shape(0) * dst.shape(2),
           "dst must be [num_channels / steps, pixel_stride, steps]");
   require(src.shape(0) % kTileK == 0, "num_channels must be a multiple of 4");
-  require(count <= src.shape(1) && count <= dst.shape(1), "count is beyond a stride");
+  require(num_rows >= 1 && row_pitch >= row_size && num_rows * row_size <= src.shape(1) &&
+              (num_rows - 1) * row_pitch + row_size <= dst.shape(1),
+          "the rows are beyond a stride");
+  return {src.data(), src.shape(1), src.shape(0), num_rows, row_size, row_pitch, dst.shape(1)};
 }
 
-void quantize_pixels_u8_f32(const std::string& isa, Array<const float, 2> src, size_t count,
-                            float inverse_scale, int32_t zero_point, Array<uint8_t, 3> dst,
-                            const std::string& format, float scale) {
-  check_pixels(src, count, dst);
+void quantize_pixels_u8_f32(const std::string& isa, Array<const float, 2> src, size_t num_rows,
+                            size_t row_size, size_t row_pitch, float inverse_scale,
+                            int32_t zero_point, Array<uint8_t, 3> dst, const std::string& format,
+                            float scale) {
+  const AfpqPixelSource source = pixel_source(src, num_rows, row_size, row_pitch, dst);
   const AfpqQuantize q = quantizer(inverse_scale, zero_point, format, scale, dst.data(), 1, 0);
-  table_of(isa).quantize_pixels_u8_f32(src.data(), src.shape(1), src.shape(0), count, dst.shape(1),
-                                       &q);
+  table_of(isa).quantize_pixels_u8_f32(&source, &q);
 }
 
-void quantize_pixels_s16_f32(const std::string& isa, Array<const float, 2> src, size_t count,
-                             float inverse_scale, int32_t zero_point, int levels,
-                             Array<int16_t, 3> dst, const std::string& format, float scale) {
-  check_pixels(src, count, dst);
+void quantize_pixels_s16_f32(const std::string& isa, Array<const float, 2> src, size_t num_rows,
+                             size_t row_size, size_t row_pitch, float inverse_scale,
+                             int32_t zero_point, int levels, Array<int16_t, 3> dst,
+                             const std::string& format, float scale) {
+  const AfpqPixelSource source = pixel_source(src, num_rows, row_size, row_pitch, dst);
   const AfpqQuantize q =
       word_quantizer(inverse_scale, zero_point, format, scale, levels, dst.data());
-  table_of(isa).quantize_pixels_s16_f32(src.data(), src.shape(1), src.shape(0), count, dst.shape(1),
-                                        &q);
+  table_of(isa).quantize_pixels_s16_f32(&source, &q);
 }
 
 // lhs: [groups of a tap, pixel_stride, steps], taps: pixels, rhs: [planes, num_tiles, 64],
@@ -215,10 +219,12 @@ void depthwise_f32(const std::string& isa, Array<const float, 1> src,
 
 void bind_plane_kernels(nb::module_& m) {
   using K = AfpqKernels;
-  m.def("quantize_pixels_u8_f32", quantize_pixels_u8_f32, "isa"_a, "src"_a, "count"_a,
-        "inverse_scale"_a, "zero_point"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
-  m.def("quantize_pixels_s16_f32", quantize_pixels_s16_f32, "isa"_a, "src"_a, "count"_a,
-        "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a, "format"_a = "", "scale"_a = 0.0f);
+  m.def("quantize_pixels_u8_f32", quantize_pixels_u8_f32, "isa"_a, "src"_a, "num_rows"_a,
+        "row_size"_a, "row_pitch"_a, "inverse_scale"_a, "zero_point"_a, "dst"_a, "format"_a = "",
+        "scale"_a = 0.0f);
+  m.def("quantize_pixels_s16_f32", quantize_pixels_s16_f32, "isa"_a, "src"_a, "num_rows"_a,
+        "row_size"_a, "row_pitch"_a, "inverse_scale"_a, "zero_point"_a, "levels"_a, "dst"_a,
+        "format"_a = "", "scale"_a = 0.0f);
   m.def("gemm_pixels_f32_u8_s8", gemm_pixels<uint8_t, int8_t, &K::gemm_pixels_f32_u8_s8>);
   m.def("gemm_pixels_f32_s16_s16", gemm_pixels<int16_t, int16_t, &K::gemm_pixels_f32_s16_s16>);
   m.def("add_clamp_f32", add_clamp_f32);

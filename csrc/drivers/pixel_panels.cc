@@ -41,8 +41,8 @@ struct Panels {
 
 void make_panel(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
                 uint8_t* panel) {
-  quantize_pixels(job, sample, strip * panels.pixels, panels.pixels_of(strip), panels.stride,
-                  panel);
+  const size_t count = panels.pixels_of(strip);
+  quantize_pixels(job, sample, {strip * panels.pixels, 1, count, count, panels.stride}, panel);
 }
 
 void multiply(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
@@ -74,23 +74,48 @@ void run_many_strips(const PixelJob& job, const Panels& panels, const PixelSampl
   });
 }
 
-void run_few_strips(const PixelJob& job, const Panels& panels, const PixelSample& sample,
-                    uint8_t* made, const Parallel& parallel) {
+// Blocks [begin, end) times all strips.
+void multiply_blocks(const PixelJob& job, const Panels& panels, const PixelSample& sample,
+                     const uint8_t* made, size_t begin, size_t end) {
+  task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
+  uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
+  for (size_t b = begin; b < end; ++b) {
+    expand_pixel_block(job, b, expanded);
+    for (size_t strip = 0; strip < panels.count; ++strip)
+      multiply(job, panels, sample, strip, made + strip * panels.bytes, b, expanded);
+  }
+}
+
+void conv_many_strips(const PixelJob& job, const Panels& panels, const float* src, size_t batch,
+                      const ConvTarget& dst, const Parallel& parallel) {
+  const size_t bytes = job.op.weight->num_blocks * job.block_bytes;
+  layer_scratch().reset(Scratch::room<uint8_t>(bytes));
+  uint8_t* expanded = layer_scratch().take<uint8_t>(bytes);
+  expand_all(job, expanded, parallel);
+  for (size_t i = 0; i < batch; ++i) {
+    const float* floats = src + i * job.shape.channels_in * job.shape.num_in();
+    const RowQuantizer quantizer = sample_quantizer(job.op, job.shape, floats, parallel);
+    run_many_strips(job, panels, pixel_sample(job, src, dst, i, quantizer), expanded, parallel);
+  }
+}
+
+void conv_few_strips(const PixelJob& job, const Panels& panels, const float* src, size_t batch,
+                     const ConvTarget& dst, const Parallel& parallel) {
   const size_t blocks = job.op.weight->num_blocks;
-  parallel_for(parallel, panels.count, [&](size_t strip) {
-    make_panel(job, panels, sample, strip, made + strip * panels.bytes);
-  });
   const size_t step = std::max<size_t>(
       1, std::min(ceil_div(blocks, kPixelTasks), kExpandedBytes / job.block_bytes));
-  parallel_for(parallel, ceil_div(blocks, step), [&](size_t task) {
-    task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
-    uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
-    for (size_t b = task * step; b < std::min(blocks, (task + 1) * step); ++b) {
-      expand_pixel_block(job, b, expanded);
-      for (size_t strip = 0; strip < panels.count; ++strip)
-        multiply(job, panels, sample, strip, made + strip * panels.bytes, b, expanded);
-    }
-  });
+  const auto make = [&](const PixelSample& sample, uint8_t* made, const Parallel& of) {
+    parallel_for(of, panels.count, [&](size_t strip) {
+      make_panel(job, panels, sample, strip, made + strip * panels.bytes);
+    });
+  };
+  const auto products = [&](size_t task, const PixelSample& sample, const uint8_t* made) {
+    multiply_blocks(job, panels, sample, made, task * step, std::min(blocks, (task + 1) * step));
+  };
+  for (size_t i = 0; i < batch; ++i) {
+    run_pixel_sample(job, src, dst, i, panels.count * panels.bytes, ceil_div(blocks, step),
+                     parallel, make, products);
+  }
 }
 
 }  // namespace
@@ -98,19 +123,8 @@ void run_few_strips(const PixelJob& job, const Panels& panels, const PixelSample
 void conv_pixel_panels(const PixelJob& job, const float* src, size_t batch, const ConvTarget& dst,
                        const Parallel& parallel) {
   const Panels panels(job);
-  const bool many = panels.count >= kManyStrips;
-  const size_t bytes = many ? job.op.weight->num_blocks * job.block_bytes  // of weights
-                            : panels.count * panels.bytes;
-  layer_scratch().reset(Scratch::room<uint8_t>(bytes));
-  uint8_t* shared = layer_scratch().take<uint8_t>(bytes);
-  if (many) expand_all(job, shared, parallel);
-  for_pixel_samples(job, src, batch, dst, parallel, [&](const PixelSample& sample) {
-    if (many) {
-      run_many_strips(job, panels, sample, shared, parallel);
-    } else {
-      run_few_strips(job, panels, sample, shared, parallel);
-    }
-  });
+  (panels.count >= kManyStrips ? conv_many_strips : conv_few_strips)(job, panels, src, batch, dst,
+                                                                     parallel);
 }
 
 }  // namespace afpq

@@ -17,7 +17,7 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kTaskElements = size_t{1} << 13;
+constexpr size_t kTaskElements = size_t{1} << 14;
 constexpr size_t kLeastTaskPixels = 128;  // for a block to be worth its expansion
 
 // One axis: which remainders of positions, padding included, by the stride are read.
@@ -99,10 +99,8 @@ void round_rows(const PixelJob& job, const Planes& planes, const PixelSample& sa
     }
     std::fill(plane + from, plane + filled, padding);
   }
-  for (size_t y = first; y < last; ++y) {
-    quantize_pixels(job, sample, (y - top) * width, width, planes.stride,
-                    reinterpret_cast<uint8_t*>(dst + y * planes.pitch + left));
-  }
+  const PixelRun run = {(first - top) * width, last - first, width, planes.pitch, planes.stride};
+  quantize_pixels(job, sample, run, reinterpret_cast<uint8_t*>(dst + first * planes.pitch + left));
 }
 
 // Rows [begin, end) of all planes. dst: [groups][planes.stride] dwords, as floats because the
@@ -118,7 +116,8 @@ void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sam
   const size_t bytes = job.groups() * count * kPixelDword;
   task_scratch().reset(Scratch::room<uint8_t>(bytes));
   uint8_t* rounded = task_scratch().take<uint8_t>(bytes);
-  if (count > 0) quantize_pixels(job, sample, (first - top) * shape.in[2], count, count, rounded);
+  if (count > 0)
+    quantize_pixels(job, sample, {(first - top) * shape.in[2], 1, count, count, count}, rounded);
   const size_t filled = end < planes.rows ? end * planes.pitch : planes.pixels;
   for (size_t g = 0; g < job.groups(); ++g, dst += planes.stride) {
     const float* src = reinterpret_cast<const float*>(rounded) + g * count;
@@ -191,26 +190,26 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
   const ConvShape& shape = job.shape;
   const Planes planes(shape);
   const size_t bytes = job.groups() * planes.stride * kPixelDword;
-  layer_scratch().reset(Scratch::room<uint8_t>(bytes));
-  uint8_t* made = layer_scratch().take<uint8_t>(bytes);
   const size_t blocks = job.op.weight->num_blocks, step = ceil_div(blocks, kPixelTasks);
   const size_t chunks = ceil_div(blocks, step);
   const size_t parts =
       std::clamp<size_t>(shape.num_out() / kLeastTaskPixels, 1, ceil_div(kPixelTasks, chunks));
   const size_t rows = ceil_div(shape.out[1], parts);
-  for_pixel_samples(job, src, batch, dst, parallel, [&](const PixelSample& sample) {
-    make_planes(job, planes, sample, made, parallel);
-    parallel_for(parallel, chunks * parts, [&](size_t task) {
-      const size_t chunk = task / parts * step, begin = task % parts * rows;
-      const size_t end = std::min(shape.out[1], begin + rows);
-      task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
-      uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
-      for (size_t b = chunk; b < std::min(blocks, chunk + step) && begin < end; ++b) {
-        expand_pixel_block(job, b, expanded);
-        multiply_rows(job, planes, sample, made, begin, end, b, expanded);
-      }
-    });
-  });
+  const auto make = [&](const PixelSample& sample, uint8_t* made, const Parallel& of) {
+    make_planes(job, planes, sample, made, of);
+  };
+  const auto products = [&](size_t task, const PixelSample& sample, const uint8_t* made) {
+    const size_t chunk = task / parts * step, begin = task % parts * rows;
+    const size_t end = std::min(shape.out[1], begin + rows);
+    task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
+    uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
+    for (size_t b = chunk; b < std::min(blocks, chunk + step) && begin < end; ++b) {
+      expand_pixel_block(job, b, expanded);
+      multiply_rows(job, planes, sample, made, begin, end, b, expanded);
+    }
+  };
+  for (size_t i = 0; i < batch; ++i)
+    run_pixel_sample(job, src, dst, i, bytes, chunks * parts, parallel, make, products);
 }
 
 }  // namespace afpq

@@ -1,5 +1,7 @@
 #include "drivers/pixels.h"
 
+#include <atomic>
+
 namespace afpq {
 namespace {
 
@@ -15,14 +17,20 @@ PixelJob::PixelJob(const Conv& conv, const ConvShape& conv_shape, const Products
       plane_bytes(conv.weight->num_tiles * kTileCodes * conv_products.element_bytes()),
       block_bytes(plane_bytes * conv_products.rhs_planes) {}
 
-void quantize_pixels(const PixelJob& job, const PixelSample& sample, size_t first, size_t count,
-                     size_t stride, uint8_t* dst) {
+void quantize_pixels(const PixelJob& job, const PixelSample& sample, const PixelRun& run,
+                     uint8_t* dst) {
   AfpqQuantize quantize = sample.quantizer.quantize;
   quantize.planes[0] = dst;
   quantize.words = reinterpret_cast<int16_t*>(dst);
-  const auto run = job.words() ? job.op.kernels->quantize_pixels_s16_f32
-                               : job.op.kernels->quantize_pixels_u8_f32;
-  run(sample.floats + first, job.shape.num_in(), job.shape.channels_in, count, stride, &quantize);
+  const AfpqPixelSource source = {sample.floats + run.first,
+                                  job.shape.num_in(),
+                                  job.shape.channels_in,
+                                  run.num_rows,
+                                  run.row_size,
+                                  run.row_pitch,
+                                  run.stride};
+  (job.words() ? job.op.kernels->quantize_pixels_s16_f32 : job.op.kernels->quantize_pixels_u8_f32)(
+      &source, &quantize);
 }
 
 void expand_pixel_block(const PixelJob& job, size_t block, uint8_t* dst) {
@@ -82,6 +90,24 @@ void multiply_pixels(const PixelJob& job, const PixelSample& sample, const Pixel
     job.op.kernels->add_clamp_f32(sample.residual + at, args.channel_stride, args.num_channels,
                                   rows.count, job.op.low, job.op.high, args.dst);
   }
+}
+
+PixelSample pixel_sample(const PixelJob& job, const float* src, const ConvTarget& dst, size_t i,
+                         const RowQuantizer& quantizer) {
+  const ConvShape& shape = job.shape;
+  const size_t at = i * shape.channels_out * shape.num_out();
+  return {src + i * shape.channels_in * shape.num_in(), quantizer, dst.floats + at,
+          dst.float_residual ? dst.float_residual + at : nullptr};
+}
+
+OwnSample& own_sample() {
+  thread_local OwnSample sample;
+  return sample;
+}
+
+uint64_t next_sample_call() {
+  static std::atomic<uint64_t> calls{0};
+  return ++calls;
 }
 
 bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products) {

@@ -3,6 +3,7 @@
 // go to the planes of those.
 #pragma once
 
+#include "core/scratch.h"
 #include "drivers/conv_paths.h"
 
 namespace afpq {
@@ -32,9 +33,13 @@ struct PixelSample {
   const float* residual;  // or null
 };
 
-// Pixels [first, first + count) of all channels to dwords, `stride` pixels from group to group.
-void quantize_pixels(const PixelJob& job, const PixelSample& sample, size_t first, size_t count,
-                     size_t stride, uint8_t* dst);
+// Pixels of all channels from `first` on, and where they become dwords, as AfpqPixelSource has it.
+struct PixelRun {
+  size_t first, num_rows, row_size;
+  size_t row_pitch, stride;
+};
+void quantize_pixels(const PixelJob& job, const PixelSample& sample, const PixelRun& run,
+                     uint8_t* dst);
 
 // The planes of a block of 16 channels.
 void expand_pixel_block(const PixelJob& job, size_t block, uint8_t* dst);
@@ -60,18 +65,53 @@ void conv_pixel_panels(const PixelJob& job, const float* src, size_t batch, cons
 void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, const ConvTarget& dst,
                        const Parallel& parallel);
 
-// body(sample) for each sample of a batch.
-template <typename Body>
-void for_pixel_samples(const PixelJob& job, const float* src, size_t batch, const ConvTarget& dst,
-                       const Parallel& parallel, const Body& body) {
-  const ConvShape& shape = job.shape;
-  for (size_t i = 0; i < batch; ++i) {
-    const float* floats = src + i * shape.channels_in * shape.num_in();
-    const RowQuantizer quantizer = sample_quantizer(job.op, shape, floats, parallel);
-    const size_t at = i * shape.channels_out * shape.num_out();
-    body(PixelSample{floats, quantizer, dst.floats + at,
-                     dst.float_residual ? dst.float_residual + at : nullptr});
+// Sample i of a batch.
+PixelSample pixel_sample(const PixelJob& job, const float* src, const ConvTarget& dst, size_t i,
+                         const RowQuantizer& quantizer);
+
+// What a thread has made of a sample for itself.
+struct OwnSample {
+  uint64_t call = 0;
+  RowQuantizer quantizer;
+  Scratch memory;
+  uint8_t* made = nullptr;
+};
+OwnSample& own_sample();      // of this thread
+uint64_t next_sample_call();  // of which there is no other
+
+// What is made of a sample before the products: `bytes` by make(sample, made, parallel); and
+// products(task, sample, made), for each task. Each thread makes a small sample for itself: to pass
+// it from core to core, and to wait for that, takes longer.
+template <typename Make, typename Products>
+void run_pixel_sample(const PixelJob& job, const float* src, const ConvTarget& dst, size_t i,
+                      size_t bytes, size_t tasks, const Parallel& parallel, const Make& make,
+                      const Products& products) {
+  constexpr size_t kSmallSample = size_t{1} << 15;  // elements
+  const size_t size = job.shape.channels_in * job.shape.num_in();
+  const auto quantizer = [&](const Parallel& of) {
+    return sample_quantizer(job.op, job.shape, src + i * size, of);
+  };
+  if (size > kSmallSample) {
+    layer_scratch().reset(Scratch::room<uint8_t>(bytes));
+    uint8_t* made = layer_scratch().take<uint8_t>(bytes);
+    const RowQuantizer shared = quantizer(parallel);
+    const PixelSample sample = pixel_sample(job, src, dst, i, shared);
+    make(sample, made, parallel);
+    return parallel_for(parallel, tasks, [&](size_t task) { products(task, sample, made); });
   }
+  const uint64_t call = next_sample_call();
+  parallel_for(parallel, tasks, [&](size_t task) {
+    OwnSample& own = own_sample();
+    const PixelSample sample = pixel_sample(job, src, dst, i, own.quantizer);
+    if (own.call != call) {
+      own.quantizer = quantizer(serial());
+      own.memory.reset(Scratch::room<uint8_t>(bytes));
+      own.made = own.memory.take<uint8_t>(bytes);
+      make(sample, own.made, serial());
+      own.call = call;
+    }
+    products(task, sample, own.made);
+  });
 }
 
 }  // namespace afpq

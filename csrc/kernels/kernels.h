@@ -137,6 +137,17 @@ typedef struct AfpqQuantize {
                       // mantissa
 } AfpqQuantize;
 
+// Rows of pixels of channel planes, one row behind the other, and where they become dwords: row r
+// begins at pixel r * row_pitch.
+typedef struct AfpqPixelSource {
+  const float* src;
+  size_t src_stride;    // elements from channel to channel
+  size_t num_channels;  // a multiple of 4
+  size_t num_rows, row_size;
+  size_t row_pitch;     // at least row_size
+  size_t pixel_stride;  // pixels from group to group
+} AfpqPixelSource;
+
 // A product with pixels in the lanes, which makes planes of floats without transposing anything:
 //   S[c][x] = sum over groups g of (steps of group g of pixel x) * (those of channel c)     modulo
 //   2^32 dst[c * channel_stride + at(x)] = clamp(fma((float)(S[c][x] - zero_point * column_sums[c])
@@ -331,13 +342,11 @@ typedef struct AfpqKernels {
   void (*quantize_transpose_s16_f32)(const float* src, size_t src_stride, size_t num_channels,
                                      size_t count, const AfpqQuantize* q);
 
-  // Channel planes to pixels, as gemm_pixels reads them: src[c * src_stride + x] -> planes[0] at
-  // 4 * (c / 4 * pixel_stride + x) + c % 4, or words at 2 * (c / 2 * pixel_stride + x) + c % 2.
-  // num_channels is a multiple of 4.
-  void (*quantize_pixels_u8_f32)(const float* src, size_t src_stride, size_t num_channels,
-                                 size_t count, size_t pixel_stride, const AfpqQuantize* q);
-  void (*quantize_pixels_s16_f32)(const float* src, size_t src_stride, size_t num_channels,
-                                  size_t count, size_t pixel_stride, const AfpqQuantize* q);
+  // Channel planes to pixels, as gemm_pixels reads them: pixel x of row r of channel c -> planes[0]
+  // at 4 * (c / 4 * pixel_stride + r * row_pitch + x) + c % 4, or words at 2 * (c / 2 *
+  // pixel_stride + r * row_pitch + x) + c % 2.
+  void (*quantize_pixels_u8_f32)(const AfpqPixelSource* s, const AfpqQuantize* q);
+  void (*quantize_pixels_s16_f32)(const AfpqPixelSource* s, const AfpqQuantize* q);
 
   // Channel planes to rows without rounding: dst[x * num_channels + c] = src[c * src_stride + x].
   void (*transpose_f32)(const float* src, size_t src_stride, size_t num_channels, size_t count,

@@ -184,22 +184,27 @@ void quantize_transpose_s16_f32_scalar(const float* src, size_t src_stride, size
   }
 }
 
-void quantize_pixels_u8_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
-                                   size_t count, size_t pixel_stride, const AfpqQuantize* q) {
-  for (size_t c = 0; c < num_channels; ++c) {
-    for (size_t x = 0; x < count; ++x) {
-      put_planes(quantize(src[c * src_stride + x], *q), 4 * (c / 4 * pixel_stride + x) + c % 4, *q);
+// put(c, i, value): of pixel i of a group.
+template <typename Put>
+void each_pixel(const AfpqPixelSource& s, const Put& put) {
+  for (size_t c = 0; c < s.num_channels; ++c) {
+    for (size_t r = 0; r < s.num_rows; ++r) {
+      const float* row = s.src + c * s.src_stride + r * s.row_size;
+      for (size_t x = 0; x < s.row_size; ++x) put(c, r * s.row_pitch + x, row[x]);
     }
   }
 }
 
-void quantize_pixels_s16_f32_scalar(const float* src, size_t src_stride, size_t num_channels,
-                                    size_t count, size_t pixel_stride, const AfpqQuantize* q) {
-  for (size_t c = 0; c < num_channels; ++c) {
-    for (size_t x = 0; x < count; ++x) {
-      q->words[2 * (c / 2 * pixel_stride + x) + c % 2] = word(src[c * src_stride + x], *q);
-    }
-  }
+void quantize_pixels_u8_f32_scalar(const AfpqPixelSource* s, const AfpqQuantize* q) {
+  each_pixel(*s, [&](size_t c, size_t i, float value) {
+    put_planes(quantize(value, *q), 4 * (c / 4 * s->pixel_stride + i) + c % 4, *q);
+  });
+}
+
+void quantize_pixels_s16_f32_scalar(const AfpqPixelSource* s, const AfpqQuantize* q) {
+  each_pixel(*s, [&](size_t c, size_t i, float value) {
+    q->words[2 * (c / 2 * s->pixel_stride + i) + c % 2] = word(value, *q);
+  });
 }
 
 void transpose_f32_scalar(const float* src, size_t src_stride, size_t num_channels, size_t count,

@@ -164,21 +164,24 @@ void compare_pixel_rows(Comparison* comparison) {
     Random random(13);
     for (const Rounding& rounding : kRoundings) {
       if (!words && rounding.planes == 2) continue;  // bytes have one plane
-      for_planes(4, [&](size_t channels, size_t count, size_t stride) {
+      for_planes(4, [&](size_t channels, size_t size, size_t more) {
+        // Rows with a gap between them, or without; the last one ends with the last pixel.
+        const size_t rows = 1 + channels / 4 % 3, pitch = size + channels / 4 % 2;
+        const size_t count = rows * size, stride = rows * more;
+        const size_t reach = (rows - 1) * pitch + size, pixels = reach + 5;
         const Guarded<float> src(sources(&random, plane_elements(channels, count, stride), rounding,
                                          !words || rounding.scale > 0));
         AfpqQuantize q = rounding.quantize();
-        // The last row ends with the last pixel.
-        const size_t pixels = count + 5, dwords = channels / (words ? 2 : 4);
-        const Planes before(4 * plane_elements(dwords, count, pixels), 7);
+        const AfpqPixelSource source = {src.data(), stride, channels, rows, size, pitch, pixels};
         comparison->results(
-            before,
-            text_of("planes, scale, channels, count", q.num_planes, q.scale, channels, count),
+            Planes(4 * plane_elements(channels / (words ? 2 : 4), reach, pixels), 7),
+            text_of("planes, scale, channels, rows, size", q.num_planes, q.scale, channels, rows,
+                    size),
             [&](const AfpqKernels& kernels, uint8_t* dst) {
               q.planes[0] = dst;
               q.words = reinterpret_cast<int16_t*>(dst);
-              (words ? kernels.quantize_pixels_s16_f32 : kernels.quantize_pixels_u8_f32)(
-                  src.data(), stride, channels, count, pixels, &q);
+              (words ? kernels.quantize_pixels_s16_f32 : kernels.quantize_pixels_u8_f32)(&source,
+                                                                                         &q);
             });
       });
     }
