@@ -40,10 +40,12 @@ struct PlanarEnd {
   PlanarEnd(const Conv& op, size_t channels, bool to_bytes);
 };
 
-// How many of `total` items of work, of so many products each, make a task.
+// How many of `total` items of work, of so many products each, make a task: eight or more, unless
+// there is not enough to do.
 inline size_t planar_step(size_t total, size_t products) {
-  constexpr size_t kTaskWork = size_t{1} << 18;
-  return std::max<size_t>(1, std::min(ceil_div(total, 8), kTaskWork / products));
+  constexpr size_t kLeastWork = size_t{1} << 14, kMostWork = size_t{1} << 18;
+  const size_t tasks = std::clamp<size_t>(total * products / kLeastWork, 1, 8);
+  return std::max<size_t>(1, std::min(ceil_div(total, tasks), kMostWork / products));
 }
 
 // The planar path from planes without groups to bytes; no residual.

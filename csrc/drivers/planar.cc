@@ -20,9 +20,11 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kStripElements = 7168;      // of input rows: 28 KB
-constexpr size_t kStripRows = 4;             // kernels like multiples of it
-constexpr size_t kFloats = size_t{1} << 15;  // of a strip that becomes bytes
+constexpr size_t kStripElements = 7168;         // of input rows: 28 KB
+constexpr size_t kStripRows = 4;                // kernels like multiples of it
+constexpr size_t kFloats = size_t{1} << 15;     // of a strip that becomes bytes
+constexpr size_t kLeastItems = 4;               // enough for a few threads
+constexpr size_t kLeastWork = size_t{1} << 15;  // products of one
 
 // A strip is `height` output rows (less at the end) at one depth.
 struct Strips {
@@ -36,7 +38,8 @@ struct Strips {
   size_t count;  // of an output plane
 };
 
-Strips strips_of(const ConvShape& shape, bool to_bytes) {
+// `batch`: samples; `channels`: that make a part.
+Strips strips_of(const ConvShape& shape, size_t batch, size_t channels, bool to_bytes) {
   Strips strips;
   strips.cut = shape.strides[2] > 1 && shape.group_out() > 1;
   strips.extent = shape.out[2] + shape.reach(2) / shape.strides[2] + 1;
@@ -52,6 +55,13 @@ Strips strips_of(const ConvShape& shape, bool to_bytes) {
     const size_t row = shape.channels_out * shape.out[2];
     strips.height = std::min(strips.height, std::max<size_t>(1, kFloats / row));
   }
+  strips.height = std::min(strips.height, shape.out[1]);
+  // Few of them are cut for more threads, if there is something to do in each.
+  const size_t depth = ceil_div(shape.out[1], strips.height) * shape.out[0];
+  const size_t items = batch * ceil_div(shape.channels_out, channels) * depth;
+  const size_t work = strips.height * shape.out[2] * channels * shape.num_taps() * shape.group_in();
+  const size_t cuts = std::min(ceil_div(kLeastItems, items), work / kLeastWork);
+  if (cuts > 1) strips.height = ceil_div(ceil_div(strips.height, cuts), kStripRows) * kStripRows;
   strips.height = std::min(strips.height, shape.out[1]);
   strips.per_depth = ceil_div(shape.out[1], strips.height);
   strips.rows = (strips.height - 1) * shape.strides[1] + shape.reach(1) + 1;
@@ -272,11 +282,12 @@ PlanarEnd::PlanarEnd(const Conv& op, size_t channels, bool to_bytes)
 void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
                  const ConvTarget& dst, const Parallel& parallel) {
   const bool to_bytes = dst.bytes != nullptr;
-  const Strips strips = strips_of(shape, to_bytes);
   const PlanarEnd end(op, shape.channels_out, to_bytes);
   // A part is a group, or a block of groups of one channel; an item is a strip of one, or of all.
-  const size_t part = shape.group_out() == 1 ? size_t{kTileN} : shape.group_out();
+  const size_t part =
+      shape.group_out() == 1 ? std::min<size_t>(kTileN, shape.channels_out) : shape.group_out();
   const size_t channels = to_bytes ? shape.channels_out : part;
+  const Strips strips = strips_of(shape, batch, channels, to_bytes);
   const size_t items = ceil_div(shape.channels_out, channels) * strips.count;
   const size_t total = batch * items, row = shape.out[2];
   const size_t work_of_one = strips.height * row * op.weight->k * channels;
