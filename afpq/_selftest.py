@@ -159,6 +159,7 @@ def _planes(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         yield _into("planar_f32", np.float32, (7, rows_out, size), *args, size)
     taps, weights = rng.integers(0, 99, 27, np.uint64), _floats(rng, 3, 28, 16)
     ends = _floats(rng, 37), _floats(rng, 37)
-    yield _into("planar_rows_f32", np.float32, (8, 64), _floats(rng, 120), taps, weights, 2, *ends)
+    args = (taps, rng.integers(0, 20, 8, np.uint64), weights, *ends)
+    yield _into("planar_rows_f32", np.float32, (8, 64), _floats(rng, 120), *args)
     lanes = ([0, 16, 96], _floats(rng, 3, 16), 16, 96, _floats(rng, 16), _floats(rng, 16))
     yield _into("depthwise_f32", np.float32, (4, 5, 16), _floats(rng, 480), *lanes, _LOW, _HIGH)

@@ -166,30 +166,32 @@ void planar_f32(const std::string& isa, Array<const float, 4> src, Array<const i
 // src: [elements], taps: [num_taps], weights: [num_blocks, 4 * num_tiles, 16], scales and bias:
 // [num_channels], dst: [num_pixels, 64]
 void planar_rows_f32(const std::string& isa, Array<const float, 1> src,
-                     Array<const uint64_t, 1> taps, Array<const float, 3> weights, size_t step,
-                     Array<const float, 1> scales, Array<const float, 1> bias,
-                     Array<float, 2> dst) {
+                     Array<const uint64_t, 1> taps, Array<const uint64_t, 1> pixels,
+                     Array<const float, 3> weights, Array<const float, 1> scales,
+                     Array<const float, 1> bias, Array<float, 2> dst) {
   static_assert(sizeof(size_t) == sizeof(uint64_t));
-  const size_t channels = scales.shape(0), pixels = dst.shape(0);
+  const size_t channels = scales.shape(0), num_pixels = dst.shape(0);
   require(channels >= 1 && channels <= kPanelN && bias.shape(0) == channels,
           "scales and bias must be [1..64]");
   require(weights.shape(0) == afpq::ceil_div(channels, kTileN) && weights.shape(1) % kTileK == 0 &&
               weights.shape(1) >= taps.shape(0) && weights.shape(2) == kTileN,
           "weights must be [num_blocks, a multiple of 4, 16]");
-  require(pixels >= 1 && dst.shape(1) == kPanelN, "dst must be [num_pixels, 64]");
+  require(num_pixels >= 1 && pixels.shape(0) == num_pixels && dst.shape(1) == kPanelN,
+          "pixels must be [num_pixels], dst [num_pixels, 64]");
+  const size_t last = *std::max_element(pixels.data(), pixels.data() + num_pixels);
   for (size_t t = 0; t < taps.shape(0); ++t)
-    require(taps.data()[t] + (pixels - 1) * step < src.shape(0), "a tap is beyond src");
+    require(taps.data()[t] + last < src.shape(0), "a tap is beyond src");
   AfpqPlanarRows args = {};
   args.src = src.data();
   args.taps = reinterpret_cast<const size_t*>(taps.data());
+  args.pixels = reinterpret_cast<const size_t*>(pixels.data());
   args.weights = weights.data();
   args.scales = scales.data();
   args.bias = bias.data();
   args.dst = dst.data();
   args.num_taps = taps.shape(0);
   args.num_tiles = weights.shape(1) / kTileK;
-  args.step = step;
-  args.num_pixels = pixels;
+  args.num_pixels = num_pixels;
   args.num_channels = channels;
   table_of(isa).planar_rows_f32(&args);
 }

@@ -34,16 +34,15 @@ void conv_samples(const Conv& op, const ConvShape& shape, const ConvSource& src,
                   const ConvTarget& dst, const Parallel& parallel) {
   const bool floats = src.floats && dst.floats && !dst.residual;
   const bool planar = conv_is_planar(shape) && !conv_fits_depthwise(op, shape);
-  // Rows of output shorter than a vector leave it half empty: channels fill one.
-  if (planar && (shape.groups > 1 || shape.out[2] >= kLeastRow)) {
-    if (dst.bytes && shape.groups == 1)
-      return conv_planar_rows(op, shape, src.floats, batch, dst.bytes, parallel);
+  if (planar) {
+    // Rows of output shorter than a vector leave it half empty: channels fill one.
+    if (shape.groups == 1 && (dst.bytes || shape.out[2] < kLeastRow))
+      return conv_planar_rows(op, shape, src.floats, batch, dst, parallel);
     if (dst.floats && conv_fits_lanes(shape))
       return conv_planar_lanes(op, shape, src.floats, batch, dst, parallel);
     return conv_planar(op, shape, src.floats, batch, dst, parallel);
   }
-  const Products products =
-      planar ? Products{} : products_of(*op.kernels, op.rounding.mode, *op.weight);
+  const Products products = products_of(*op.kernels, op.rounding.mode, *op.weight);
   if (floats && conv_fits_pixels(op, shape, products))
     return conv_pixels(op, shape, products, src.floats, batch, dst, parallel);
   conv_rows(op, shape, src, batch, dst, parallel);

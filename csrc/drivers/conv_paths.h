@@ -48,9 +48,18 @@ inline size_t planar_step(size_t total, size_t products) {
   return std::max<size_t>(1, std::min(ceil_div(total, tasks), kMostWork / products));
 }
 
-// The planar path from planes without groups to bytes; no residual.
+// How many rows make a strip where there would be `items` of `height` rows and so many products:
+// few strips are cut for more threads, if there is something to do in each, to multiples of `rows`.
+inline size_t strip_height(size_t height, size_t items, size_t products, size_t rows) {
+  constexpr size_t kLeastItems = 4, kLeastWork = size_t{1} << 15;
+  const size_t cuts = std::min(ceil_div(kLeastItems, items), products / kLeastWork);
+  if (cuts <= 1) return height;
+  return std::min(height, ceil_div(ceil_div(height, cuts), rows) * rows);
+}
+
+// The planar path of planes without groups with channels in the lanes; no residual of bytes.
 void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
-                      uint8_t* dst, const Parallel& parallel);
+                      const ConvTarget& dst, const Parallel& parallel);
 
 // The planar path of depthwise convolutions with small planes, of floats only, and whether it takes
 // this one.

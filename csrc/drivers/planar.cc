@@ -20,11 +20,9 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kStripElements = 7168;         // of input rows: 28 KB
-constexpr size_t kStripRows = 4;                // kernels like multiples of it
-constexpr size_t kFloats = size_t{1} << 15;     // of a strip that becomes bytes
-constexpr size_t kLeastItems = 4;               // enough for a few threads
-constexpr size_t kLeastWork = size_t{1} << 15;  // products of one
+constexpr size_t kStripElements = 7168;      // of input rows: 28 KB
+constexpr size_t kStripRows = 4;             // kernels like multiples of it
+constexpr size_t kFloats = size_t{1} << 15;  // of a strip that becomes bytes
 
 // A strip is `height` output rows (less at the end) at one depth.
 struct Strips {
@@ -56,13 +54,10 @@ Strips strips_of(const ConvShape& shape, size_t batch, size_t channels, bool to_
     strips.height = std::min(strips.height, std::max<size_t>(1, kFloats / row));
   }
   strips.height = std::min(strips.height, shape.out[1]);
-  // Few of them are cut for more threads, if there is something to do in each.
   const size_t depth = ceil_div(shape.out[1], strips.height) * shape.out[0];
-  const size_t items = batch * ceil_div(shape.channels_out, channels) * depth;
-  const size_t work = strips.height * shape.out[2] * channels * shape.num_taps() * shape.group_in();
-  const size_t cuts = std::min(ceil_div(kLeastItems, items), work / kLeastWork);
-  if (cuts > 1) strips.height = ceil_div(ceil_div(strips.height, cuts), kStripRows) * kStripRows;
-  strips.height = std::min(strips.height, shape.out[1]);
+  strips.height = strip_height(
+      strips.height, batch * ceil_div(shape.channels_out, channels) * depth,
+      strips.height * shape.out[2] * channels * shape.num_taps() * shape.group_in(), kStripRows);
   strips.per_depth = ceil_div(shape.out[1], strips.height);
   strips.rows = (strips.height - 1) * shape.strides[1] + shape.reach(1) + 1;
   strips.count = shape.out[0] * strips.per_depth;

@@ -1,7 +1,8 @@
-// Convolutions of a few channels from float planes to rows of bytes: the first layer of an image
-// network. The input rows of a strip of outputs are copied with their padding, so that taps are
-// plain offsets, and sums have channels in the lanes, as bytes have them.
+// Convolutions of a few channels from float planes with channels in the lanes: the first layer of a
+// network, if it makes bytes, which lie so, or narrow rows. The input rows of a strip of outputs
+// are copied with their padding, so that taps and pixels are plain offsets.
 #include <algorithm>
+#include <array>
 
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
@@ -22,12 +23,15 @@ struct Strips {
   size_t per_depth;
   size_t count;  // of a sample
 
-  explicit Strips(const ConvShape& shape) {
+  Strips(const ConvShape& shape, size_t batch) {
     planes = shape.channels_in * shape.kernel[0];
     width = shape.num_reached(2);
     const size_t fitting = kStripElements / (planes * width);
     height = fitting > shape.reach(1) ? (fitting - shape.reach(1) - 1) / shape.strides[1] + 1 : 1;
     height = std::min(height, shape.out[1]);
+    height = strip_height(
+        height, batch * shape.out[0] * ceil_div(shape.out[1], height),
+        height * shape.out[2] * shape.channels_out * shape.num_taps() * shape.channels_in, 1);
     rows = (height - 1) * shape.strides[1] + shape.reach(1) + 1;
     per_depth = ceil_div(shape.out[1], height);
     count = shape.out[0] * per_depth;
@@ -38,6 +42,7 @@ struct Strips {
 struct Workspace {
   float* rows;     // [planes][rows][width]
   size_t* taps;    // [k], as elements of `rows`
+  size_t* pixels;  // [height * columns], the same
   float* weights;  // [num_blocks][4 * num_tiles][16]
   float* sums;     // [kBlockRows][kPanelN]
 
@@ -47,13 +52,20 @@ struct Workspace {
     const size_t num_rows = strips.planes * strips.rows * strips.width;
     const size_t block = weight.num_tiles * kTileCodes;
     Scratch& scratch = task_scratch();
+    const size_t num_pixels = strips.height * shape.out[2];
     scratch.reset(S::room<float>(num_rows) + S::room<size_t>(weight.k) +
-                  S::room<float>(weight.num_blocks * block) + S::room<float>(kBlockRows * kPanelN));
+                  S::room<size_t>(num_pixels) + S::room<float>(weight.num_blocks * block) +
+                  S::room<float>(kBlockRows * kPanelN));
     rows = scratch.take<float>(num_rows);
     taps = scratch.take<size_t>(weight.k);
+    pixels = scratch.take<size_t>(num_pixels);
     weights = scratch.take<float>(weight.num_blocks * block);
     sums = scratch.take<float>(kBlockRows * kPanelN);
     list_taps(shape, strips);
+    for (size_t i = 0; i < num_pixels; ++i) {
+      pixels[i] =
+          i / shape.out[2] * shape.strides[1] * strips.width + i % shape.out[2] * shape.strides[2];
+    }
     for (size_t b = 0; b < weight.num_blocks; ++b) {
       op.kernels->expand_f32_afp(weight.block(b), weight.num_tiles, weight.format.bits(),
                                  weight.tables.value, weights + b * block);
@@ -89,36 +101,83 @@ void copy_strip(const ConvShape& shape, const Strips& strips, size_t z, size_t y
   }
 }
 
-// Outputs of one row of a strip, whose first pixel reads from `src` on.
-void finish_row(const Conv& op, const ConvShape& shape, const PlanarEnd& end, const Workspace& work,
-                const float* src, uint8_t* dst) {
+// Where the outputs of a strip go: those of the first channel, or of the first pixel.
+struct Outputs {
+  float* floats;
+  const float* residual;  // like floats, or null
+  uint8_t* bytes;
+};
+
+// Rows of sums, for pixels from `first` on and channels from c on.
+void store_floats(const Conv& op, const PlanarEnd& end, const Outputs& dst, size_t first, size_t c,
+                  const AfpqPlanarRows& sums, size_t channel_stride) {
+  // Added to it, every number stays what it is.
+  static constexpr auto kNothing = [] {
+    std::array<float, kPanelN> zeros{};
+    for (float& zero : zeros) zero = -0.0f;
+    return zeros;
+  }();
+  const size_t at = c * channel_stride + first;
+  // What is added later is clamped later.
+  const AfpqStore store = {sums.dst,
+                           kOnes.data(),
+                           kNothing.data(),
+                           dst.floats + at,
+                           sums.num_pixels,
+                           sums.num_channels,
+                           1,
+                           channel_stride,
+                           dst.residual ? -kInfinity : end.low,
+                           dst.residual ? kInfinity : end.high};
+  op.kernels->store_f32(&store);
+  if (dst.residual) {
+    op.kernels->add_clamp_f32(dst.residual + at, channel_stride, sums.num_channels, sums.num_pixels,
+                              end.low, end.high, store.dst);
+  }
+}
+
+void store_bytes(const Conv& op, const PlanarEnd& end, const Outputs& dst, size_t first, size_t c,
+                 const AfpqPlanarRows& sums, size_t channels) {
   static constexpr float kZeros[kPanelN] = {};
   const AfpqQuantize quantize = step_quantizer(op.dst_rounding);
+  AfpqStoreBytes store = {};
+  store.src = sums.dst;
+  store.row_scales = kOnes.data();
+  store.bias = kZeros;
+  store.quantize = &quantize;
+  store.dst = dst.bytes + first * channels + c;
+  store.num_rows = sums.num_pixels;
+  store.num_channels = sums.num_channels;
+  store.stride = channels;
+  store.low = end.low;
+  store.high = end.high;
+  op.kernels->store_u8_f32(&store);
+}
+
+// The first `count` pixels of a strip.
+void finish_strip(const Conv& op, const ConvShape& shape, const PlanarEnd& end,
+                  const Workspace& work, size_t count, const Outputs& dst) {
+  static constexpr float kZeros[kPanelN] = {};
   AfpqPlanarRows args = {};
+  args.src = work.rows;
   args.taps = work.taps;
   args.dst = work.sums;
   args.num_taps = op.weight->k;
   args.num_tiles = op.weight->num_tiles;
-  args.step = shape.strides[2];
-  AfpqStoreBytes store = {};
-  store.src = work.sums;
-  store.row_scales = kOnes.data();
-  store.bias = kZeros;
-  store.quantize = &quantize;
-  store.stride = shape.channels_out;
-  store.low = end.low;
-  store.high = end.high;
-  for (size_t x = 0; x < shape.out[2]; x += kBlockRows) {
-    args.src = src + x * shape.strides[2];
-    args.num_pixels = store.num_rows = std::min(kBlockRows, shape.out[2] - x);
+  for (size_t first = 0; first < count; first += kBlockRows) {
+    args.pixels = work.pixels + first;
+    args.num_pixels = std::min(kBlockRows, count - first);
     for (size_t c = 0; c < shape.channels_out; c += kPanelN) {
       args.weights = work.weights + c * op.weight->num_tiles * kTileK;
       args.scales = end.scales + c;
       args.bias = end.bias ? end.bias + c : kZeros;
-      args.num_channels = store.num_channels = std::min<size_t>(kPanelN, shape.channels_out - c);
-      store.dst = dst + x * shape.channels_out + c;
+      args.num_channels = std::min<size_t>(kPanelN, shape.channels_out - c);
       op.kernels->planar_rows_f32(&args);
-      op.kernels->store_u8_f32(&store);
+      if (dst.bytes) {
+        store_bytes(op, end, dst, first, c, args, shape.channels_out);
+      } else {
+        store_floats(op, end, dst, first, c, args, shape.num_out());
+      }
     }
   }
 }
@@ -126,20 +185,25 @@ void finish_row(const Conv& op, const ConvShape& shape, const PlanarEnd& end, co
 }  // namespace
 
 void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
-                      uint8_t* dst, const Parallel& parallel) {
-  const Strips strips(shape);
-  const PlanarEnd end(op, shape.channels_out, true);
+                      const ConvTarget& dst, const Parallel& parallel) {
+  const Strips strips(shape, batch);
+  const PlanarEnd end(op, shape.channels_out, dst.bytes != nullptr);
   parallel_for(parallel, batch * strips.count, [&](size_t task) {
     const Workspace work(op, shape, strips);
     const size_t sample = task / strips.count, strip = task % strips.count;
     const size_t z = strip / strips.per_depth, y = strip % strips.per_depth * strips.height;
     const size_t num_rows = std::min(strips.height, shape.out[1] - y);
-    const size_t pixel = sample * shape.num_out() + (z * shape.out[1] + y) * shape.out[2];
+    const size_t pixel = (z * shape.out[1] + y) * shape.out[2];
+    const size_t at = sample * shape.channels_out * shape.num_out();
     copy_strip(shape, strips, z, y, src + sample * shape.channels_in * shape.num_in(), work.rows);
-    for (size_t r = 0; r < num_rows; ++r) {
-      finish_row(op, shape, end, work, work.rows + r * shape.strides[1] * strips.width,
-                 dst + (pixel + r * shape.out[2]) * shape.channels_out);
+    Outputs to = {};
+    if (dst.bytes) {
+      to.bytes = dst.bytes + at + pixel * shape.channels_out;
+    } else {
+      to.floats = dst.floats + at + pixel;
+      to.residual = dst.float_residual ? dst.float_residual + at + pixel : nullptr;
     }
+    finish_strip(op, shape, end, work, num_rows * shape.out[2], to);
   });
 }
 

@@ -220,13 +220,13 @@ typedef struct AfpqPlanar {
 typedef struct AfpqPlanarRows {
   const float* src;
   const size_t* taps;    // elements
+  const size_t* pixels;  // [num_pixels], elements
   const float* weights;  // of whole blocks, as expand_f32_afp writes them
   const float* scales;   // [num_channels]
   const float* bias;     // [num_channels]
   float* dst;            // [num_pixels][kPanelN]
   size_t num_taps;       // up to num_tiles * kTileK
   size_t num_tiles;
-  size_t step;  // elements from pixel to pixel
   size_t num_pixels;
   size_t num_channels;  // 1..kPanelN
 } AfpqPlanarRows;

@@ -70,20 +70,21 @@ void compare_planar_rows(Comparison* comparison) {
   Random random(27);
   for (const size_t channels : {1, 9, 16, 24, 40, 64}) {
     for (const size_t pixels : {1, 5, 6, 13}) {
-      const size_t step = 1 + channels % 3, count = 3 + pixels * channels % 25;
+      const size_t count = 3 + pixels * channels % 25;
       const size_t tiles = (count + kTileK - 1) / kTileK, blocks = (channels + kTileN - 1) / kTileN;
       const std::vector<size_t> taps = random.integers<size_t>(count, 0, 50);
-      const Guarded<float> src(
-          random.numbers(*std::max_element(taps.begin(), taps.end()) + (pixels - 1) * step + 1));
+      const std::vector<size_t> places = random.integers<size_t>(pixels, 0, 30);
+      const Guarded<float> src(random.numbers(*std::max_element(taps.begin(), taps.end()) +
+                                              *std::max_element(places.begin(), places.end()) + 1));
       const Guarded<float> weights(random.numbers(blocks * tiles * kTileCodes));
       const Guarded<float> scales(random.numbers(channels)), bias(random.numbers(channels));
       comparison->results(std::vector<float>((pixels - 1) * kPanelN + channels, 7.0f),
                           text_of("channels, pixels", channels, pixels),
                           [&](const AfpqKernels& kernels, float* dst) {
-                            const AfpqPlanarRows args = {src.data(),    taps.data(), weights.data(),
-                                                         scales.data(), bias.data(), dst,
-                                                         count,         tiles,       step,
-                                                         pixels,        channels};
+                            const AfpqPlanarRows args = {
+                                src.data(),    taps.data(), places.data(), weights.data(),
+                                scales.data(), bias.data(), dst,           count,
+                                tiles,         pixels,      channels};
                             kernels.planar_rows_f32(&args);
                           });
     }
