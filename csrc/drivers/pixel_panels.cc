@@ -104,18 +104,20 @@ void conv_few_strips(const PixelJob& job, const Panels& panels, const float* src
   const size_t blocks = job.op.weight->num_blocks;
   const size_t step = std::max<size_t>(
       1, std::min(ceil_div(blocks, kPixelTasks), kExpandedBytes / job.block_bytes));
-  const auto make = [&](const PixelSample& sample, uint8_t* made, const Parallel& of) {
-    parallel_for(of, panels.count, [&](size_t strip) {
+  const auto make = [&](const PixelSample& sample, const PixelRange& strips, uint8_t* made,
+                        const Parallel& of) {
+    parallel_for(of, strips.end - strips.begin, [&](size_t task) {
+      const size_t strip = strips.begin + task;
       make_panel(job, panels, sample, strip, made + strip * panels.bytes);
     });
   };
+  const auto needs = [&](size_t) { return PixelRange{0, panels.count}; };
   const auto products = [&](size_t task, const PixelSample& sample, const uint8_t* made) {
     multiply_blocks(job, panels, sample, made, task * step, std::min(blocks, (task + 1) * step));
   };
-  for (size_t i = 0; i < batch; ++i) {
-    run_pixel_sample(job, src, dst, i, panels.count * panels.bytes, ceil_div(blocks, step),
-                     parallel, make, products);
-  }
+  const PixelPlan plan = {panels.count * panels.bytes, panels.count, ceil_div(blocks, step)};
+  for (size_t i = 0; i < batch; ++i)
+    run_pixel_sample(job, plan, src, dst, i, parallel, make, needs, products);
 }
 
 }  // namespace

@@ -143,7 +143,7 @@ void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sam
 }
 
 void make_planes(const PixelJob& job, const Planes& planes, const PixelSample& sample,
-                 uint8_t* made, const Parallel& parallel) {
+                 const PixelRange& rows, uint8_t* made, const Parallel& parallel) {
   const int32_t zero = sample.quantizer.zero_element(job.products.elements);
   const uint32_t dword = job.words() ? static_cast<uint32_t>(zero & 0xffff) * 0x10001u
                                      : static_cast<uint32_t>(zero & 0xff) * 0x1010101u;
@@ -152,8 +152,8 @@ void make_planes(const PixelJob& job, const Planes& planes, const PixelSample& s
   const size_t row = planes.y.stride * job.shape.in[2] * job.shape.channels_in;
   const size_t step = std::max<size_t>(1, kTaskElements / std::max<size_t>(1, row));
   const bool in_place = planes.y.stride == 1 && planes.x.stride == 1;
-  parallel_for(parallel, ceil_div(planes.rows, step), [&](size_t task) {
-    const size_t begin = task * step, end = std::min(planes.rows, begin + step);
+  parallel_for(parallel, ceil_div(rows.end - rows.begin, step), [&](size_t task) {
+    const size_t begin = rows.begin + task * step, end = std::min(rows.end, begin + step);
     if (in_place) {
       round_rows(job, planes, sample, dword, begin, end, reinterpret_cast<uint32_t*>(made));
     } else {
@@ -189,27 +189,36 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
                        const Parallel& parallel) {
   const ConvShape& shape = job.shape;
   const Planes planes(shape);
-  const size_t bytes = job.groups() * planes.stride * kPixelDword;
   const size_t blocks = job.op.weight->num_blocks, step = ceil_div(blocks, kPixelTasks);
   const size_t chunks = ceil_div(blocks, step);
   const size_t parts =
       std::clamp<size_t>(shape.num_out() / kLeastTaskPixels, 1, ceil_div(kPixelTasks, chunks));
   const size_t rows = ceil_div(shape.out[1], parts);
-  const auto make = [&](const PixelSample& sample, uint8_t* made, const Parallel& of) {
-    make_planes(job, planes, sample, made, of);
+  const auto make = [&](const PixelSample& sample, const PixelRange& range, uint8_t* made,
+                        const Parallel& of) { make_planes(job, planes, sample, range, made, of); };
+  // Tasks next to each other share rows of input, and make rows next to each other of what the next
+  // layer reads.
+  const auto outputs = [&](size_t task) {
+    const size_t begin = std::min(shape.out[1], task / chunks * rows);
+    return PixelRange{begin, std::min(shape.out[1], begin + rows)};
+  };
+  const auto needs = [&](size_t task) {
+    const PixelRange of = outputs(task);
+    return PixelRange{of.begin, std::min(planes.rows, of.end + shape.reach(1) / planes.y.stride)};
   };
   const auto products = [&](size_t task, const PixelSample& sample, const uint8_t* made) {
-    const size_t chunk = task / parts * step, begin = task % parts * rows;
-    const size_t end = std::min(shape.out[1], begin + rows);
+    const PixelRange of = outputs(task);
+    const size_t chunk = task % chunks * step;
     task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
     uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
-    for (size_t b = chunk; b < std::min(blocks, chunk + step) && begin < end; ++b) {
+    for (size_t b = chunk; b < std::min(blocks, chunk + step) && of.begin < of.end; ++b) {
       expand_pixel_block(job, b, expanded);
-      multiply_rows(job, planes, sample, made, begin, end, b, expanded);
+      multiply_rows(job, planes, sample, made, of.begin, of.end, b, expanded);
     }
   };
+  const PixelPlan plan = {job.groups() * planes.stride * kPixelDword, planes.rows, chunks * parts};
   for (size_t i = 0; i < batch; ++i)
-    run_pixel_sample(job, src, dst, i, bytes, chunks * parts, parallel, make, products);
+    run_pixel_sample(job, plan, src, dst, i, parallel, make, needs, products);
 }
 
 }  // namespace afpq

@@ -100,12 +100,18 @@ PixelSample pixel_sample(const PixelJob& job, const float* src, const ConvTarget
           dst.float_residual ? dst.float_residual + at : nullptr};
 }
 
-OwnSample& own_sample() {
-  thread_local OwnSample sample;
-  return sample;
+OwnSample& OwnSample::of_call(uint64_t number, size_t bytes) {
+  thread_local OwnSample own;
+  if (own.call_ != number) {
+    own.rows_ = {0, 0};
+    own.memory_.reset(Scratch::room<uint8_t>(bytes));
+    own.made_ = own.memory_.take<uint8_t>(bytes);
+    own.call_ = number;
+  }
+  return own;
 }
 
-uint64_t next_sample_call() {
+uint64_t OwnSample::next_call() {
   static std::atomic<uint64_t> calls{0};
   return ++calls;
 }

@@ -69,48 +69,69 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
 PixelSample pixel_sample(const PixelJob& job, const float* src, const ConvTarget& dst, size_t i,
                          const RowQuantizer& quantizer);
 
-// What a thread has made of a sample for itself.
-struct OwnSample {
-  uint64_t call = 0;
-  RowQuantizer quantizer;
-  Scratch memory;
-  uint8_t* made = nullptr;
+struct PixelRange {
+  size_t begin, end;
 };
-OwnSample& own_sample();      // of this thread
-uint64_t next_sample_call();  // of which there is no other
 
-// What is made of a sample before the products: `bytes` by make(sample, made, parallel); and
-// products(task, sample, made), for each task. Each thread makes a small sample for itself: to pass
-// it from core to core, and to wait for that, takes longer.
-template <typename Make, typename Products>
-void run_pixel_sample(const PixelJob& job, const float* src, const ConvTarget& dst, size_t i,
-                      size_t bytes, size_t tasks, const Parallel& parallel, const Make& make,
-                      const Products& products) {
+// What a thread has made of a sample for itself.
+class OwnSample {
+ public:
+  // That of this thread, which is empty at the first call of a number.
+  static OwnSample& of_call(uint64_t number, size_t bytes);
+  static uint64_t next_call();  // a number of its own
+
+  RowQuantizer quantizer;
+  bool empty() const { return rows_.begin == rows_.end; }
+  uint8_t* made() const { return made_; }
+
+  // make(rows) of those that are needed and not made yet, and of those between.
+  template <typename Make>
+  void add(const PixelRange& needed, const Make& make) {
+    if (empty()) rows_ = {needed.begin, needed.begin};
+    if (needed.begin < rows_.begin) make(PixelRange{needed.begin, rows_.begin});
+    if (needed.end > rows_.end) make(PixelRange{rows_.end, needed.end});
+    rows_ = {std::min(rows_.begin, needed.begin), std::max(rows_.end, needed.end)};
+  }
+
+ private:
+  uint64_t call_ = 0;
+  PixelRange rows_ = {0, 0};
+  Scratch memory_;
+  uint8_t* made_ = nullptr;
+};
+
+// How a sample is multiplied: rows of it are made, in `bytes`, and then tasks need some of them.
+struct PixelPlan {
+  size_t bytes, rows, tasks;
+};
+
+// make(sample, rows, made, parallel); needs(task), a range of rows; products(task, sample, made).
+// Each thread makes of a small sample what it needs: to pass it from core to core, and to wait for
+// that, takes longer.
+template <typename Make, typename Needs, typename Products>
+void run_pixel_sample(const PixelJob& job, const PixelPlan& plan, const float* src,
+                      const ConvTarget& dst, size_t i, const Parallel& parallel, const Make& make,
+                      const Needs& needs, const Products& products) {
   constexpr size_t kSmallSample = size_t{1} << 15;  // elements
   const size_t size = job.shape.channels_in * job.shape.num_in();
   const auto quantizer = [&](const Parallel& of) {
     return sample_quantizer(job.op, job.shape, src + i * size, of);
   };
   if (size > kSmallSample) {
-    layer_scratch().reset(Scratch::room<uint8_t>(bytes));
-    uint8_t* made = layer_scratch().take<uint8_t>(bytes);
+    layer_scratch().reset(Scratch::room<uint8_t>(plan.bytes));
+    uint8_t* made = layer_scratch().take<uint8_t>(plan.bytes);
     const RowQuantizer shared = quantizer(parallel);
     const PixelSample sample = pixel_sample(job, src, dst, i, shared);
-    make(sample, made, parallel);
-    return parallel_for(parallel, tasks, [&](size_t task) { products(task, sample, made); });
+    make(sample, PixelRange{0, plan.rows}, made, parallel);
+    return parallel_for(parallel, plan.tasks, [&](size_t task) { products(task, sample, made); });
   }
-  const uint64_t call = next_sample_call();
-  parallel_for(parallel, tasks, [&](size_t task) {
-    OwnSample& own = own_sample();
+  const uint64_t call = OwnSample::next_call();
+  parallel_for(parallel, plan.tasks, [&](size_t task) {
+    OwnSample& own = OwnSample::of_call(call, plan.bytes);
+    if (own.empty()) own.quantizer = quantizer(serial());
     const PixelSample sample = pixel_sample(job, src, dst, i, own.quantizer);
-    if (own.call != call) {
-      own.quantizer = quantizer(serial());
-      own.memory.reset(Scratch::room<uint8_t>(bytes));
-      own.made = own.memory.take<uint8_t>(bytes);
-      make(sample, own.made, serial());
-      own.call = call;
-    }
-    products(task, sample, own.made);
+    own.add(needs(task), [&](const PixelRange& rows) { make(sample, rows, own.made(), serial()); });
+    products(task, sample, own.made());
   });
 }
 
