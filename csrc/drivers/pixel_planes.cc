@@ -18,7 +18,7 @@ namespace afpq {
 namespace {
 
 constexpr size_t kTaskElements = size_t{1} << 14;
-constexpr size_t kLeastTaskPixels = 128;  // for a block to be worth its expansion
+constexpr size_t kLeastTaskPixels = 256;  // for a block to be worth its expansion
 
 // One axis: which remainders of positions, padding included, by the stride are read.
 struct Phases {
@@ -59,6 +59,7 @@ struct Planes {
     const size_t all = rows * pitch + left + kPixelLanes;
     pixels = (ceil_div(all, kPixelLanes) | 1) * kPixelLanes;
     stride = y.used.size() * x.used.size() * pixels;
+    taps.reserve(shape.num_taps());
     for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
       for (size_t kx = 0; kx < shape.kernel[2]; ++kx) {
         const size_t row = ky * shape.dilations[1], column = kx * shape.dilations[2];
