@@ -9,6 +9,7 @@ namespace afpq {
 namespace {
 
 constexpr size_t kPointers = 1024;  // to rows, at a time: 8 KB
+constexpr size_t kLeastRows = 24;   // of a task, for a panel to be worth its expansion
 constexpr size_t kTargetTasks = 8;  // enough for a few threads; the pool is not asked for its size
 
 size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps(); }
@@ -346,15 +347,18 @@ void gemm_of(const GemmJob& job, const Parallel& parallel) {
     });
     return;
   }
-  // Splits of rows differ by a block at most.
-  const size_t blocks = ceil_div(job.m, kBlockRows);
-  const size_t splits = std::clamp<size_t>(kTargetTasks / panels, 1, blocks);
-  const auto row = [&](size_t split) {
-    return std::min(split * blocks / splits * kBlockRows, job.m);
-  };
+  // Splits of rows differ by a block at most, or by a tile where there are few; an even number of
+  // them suits two threads.
+  const size_t most = std::max<size_t>(1, kTargetTasks / panels);
+  size_t splits = std::clamp<size_t>(job.m / kLeastRows, 1, most);
+  if (splits > 1 && panels % 2) splits += splits % 2;
+  const size_t unit = job.m < 2 * splits * kBlockRows ? size_t{kMaxRows} : kBlockRows;
+  const size_t units = ceil_div(job.m, unit);
+  const auto row = [&](size_t split) { return std::min(split * units / splits * unit, job.m); };
   parallel_for(parallel, panels * splits, [&](size_t task) {
     const size_t split = task / panels;
-    gemm_many_rows<E>(job, panel_of(job, task % panels), row(split), row(split + 1));
+    if (row(split) < row(split + 1))
+      gemm_many_rows<E>(job, panel_of(job, task % panels), row(split), row(split + 1));
   });
 }
 

@@ -192,8 +192,9 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
   const Planes planes(shape);
   const size_t blocks = job.op.weight->num_blocks, step = ceil_div(blocks, kPixelTasks);
   const size_t chunks = ceil_div(blocks, step);
-  const size_t parts =
+  size_t parts =
       std::clamp<size_t>(shape.num_out() / kLeastTaskPixels, 1, ceil_div(kPixelTasks, chunks));
+  if (parts > 1 && chunks % 2) parts += parts % 2;  // for two threads
   const size_t rows = ceil_div(shape.out[1], parts);
   const auto make = [&](const PixelSample& sample, const PixelRange& range, uint8_t* made,
                         const Parallel& of) { make_planes(job, planes, sample, range, made, of); };
