@@ -206,7 +206,9 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
   };
   const auto needs = [&](size_t task) {
     const PixelRange of = outputs(task);
-    return PixelRange{of.begin, std::min(planes.rows, of.end + shape.reach(1) / planes.y.stride)};
+    // And the row behind, which begins with the padding of the one before.
+    const size_t end = of.end + shape.reach(1) / planes.y.stride + 1;
+    return PixelRange{of.begin, std::min(planes.rows, end)};
   };
   const auto products = [&](size_t task, const PixelSample& sample, const uint8_t* made) {
     const PixelRange of = outputs(task);
