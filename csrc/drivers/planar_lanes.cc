@@ -34,7 +34,7 @@ struct Lanes {
 // Working memory of one task.
 struct Workspace {
   float* pixels;   // [num_in][16]
-  float* padded;   // [rows][columns][16], zero where there is padding
+  float* padded;   // [rows][columns][16], zero where there is padding, which stays so
   float* results;  // [num_out][16]
   float* weights;  // [4 * num_tiles][16]
 
@@ -49,7 +49,20 @@ struct Workspace {
     padded = scratch.take<float>(num_padded);
     results = scratch.take<float>(shape.num_out() * kTileN);
     weights = scratch.take<float>(num_weights);
-    std::fill(padded, padded + num_padded, 0.0f);
+    fill_padding(shape, lanes);
+  }
+
+ private:
+  void fill_padding(const ConvShape& shape, const Lanes& lanes) const {
+    const size_t top = shape.pads[1], left = std::min(shape.pads[2], lanes.columns);
+    const size_t width = std::min(shape.in[2], lanes.columns - left);
+    size_t from = 0;
+    for (size_t y = top; y < std::min(top + shape.in[1], lanes.rows); ++y) {
+      const size_t at = y * lanes.columns + left;
+      std::fill(padded + from * kTileN, padded + at * kTileN, 0.0f);
+      from = at + width;
+    }
+    std::fill(padded + from * kTileN, padded + lanes.rows * lanes.columns * kTileN, 0.0f);
   }
 };
 
