@@ -171,15 +171,18 @@ def test_planar_rows_have_channels_in_the_lanes(isa: str, num_taps: int) -> None
             assert (dst[:, channels:] == 7).all()
 
 
-@pytest.mark.parametrize("num_taps", [0, 1, 9, 25])
+@pytest.mark.parametrize("taps_kind", ["none", "one", "nine", "25", "3x3"])
 @pytest.mark.parametrize("step", [16, 32])
 def test_depthwise_meets_16_channels_with_their_own_weights(
-    isa: str, step: int, num_taps: int
+    isa: str, step: int, taps_kind: str
 ) -> None:
     for columns in range(1, 18):
         rng = np.random.default_rng(columns)
-        lines, line_step = 1 + columns % 3, columns * step
+        lines, line_step = 1 + columns % 5, (columns + 2) * step
+        num_taps = {"none": 0, "one": 1, "nine": 9, "25": 25, "3x3": 9}[taps_kind]
         taps = rng.integers(0, 90, num_taps).tolist()
+        if taps_kind == "3x3":
+            taps = [5 + y * line_step + 16 * x for y in range(3) for x in range(3)]
         src = floats(rng, max(taps, default=0) + lines * line_step + 16)
         weights = rng.integers(-9, 9, (num_taps, 16)).astype(np.float32)
         scales, bias = floats(rng, 16), floats(rng, 16)

@@ -95,14 +95,16 @@ void compare_depthwise_floats(Comparison* comparison) {
   comparison->begin("depthwise_f32");
   Random random(28);
   for (const size_t columns : {1, 2, 3, 5, 6, 7, 8, 9, 12, 14}) {
-    for (const size_t count : {1, 4, 9}) {
-      const size_t lines = 1 + columns % 3, step = 16 + columns % 2 * 16;
-      const size_t line_step = columns * step;
-      const std::vector<size_t> taps = random.integers<size_t>(count, 0, 200);
+    for (const size_t count : {1, 4, 9, 0}) {
+      // Of 0, they are 3x3 next to each other.
+      const size_t lines = 1 + columns % 4, step = count ? 16 + columns % 2 * 16 : 16;
+      const size_t line_step = (columns + 2) * step;
+      std::vector<size_t> taps = random.integers<size_t>(count ? count : 9, 0, 200);
+      for (size_t t = 0; count == 0 && t < 9; ++t) taps[t] = t / 3 * line_step + t % 3 * kTileN;
       const Guarded<float> src(random.numbers(*std::max_element(taps.begin(), taps.end()) +
                                               (lines - 1) * line_step + (columns - 1) * step +
                                               kTileN));
-      const Guarded<float> weights(random.numbers(count * kTileN));
+      const Guarded<float> weights(random.numbers(taps.size() * kTileN));
       const Guarded<float> scales(random.numbers(kTileN)), bias(random.numbers(kTileN));
       const bool clamped = columns % 2;
       comparison->results(std::vector<float>(lines * columns * kTileN),
@@ -115,7 +117,7 @@ void compare_depthwise_floats(Comparison* comparison) {
                                 scales.data(),
                                 bias.data(),
                                 dst,
-                                count,
+                                taps.size(),
                                 step,
                                 line_step,
                                 lines,
