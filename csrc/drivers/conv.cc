@@ -8,9 +8,10 @@ namespace afpq {
 namespace {
 
 constexpr size_t kTaskElements = size_t{1} << 15;
-constexpr size_t kLeastRow = 8;                   // pixels
-constexpr size_t kSmallSample = size_t{1} << 22;  // products that are not worth more than a task
-constexpr size_t kSamplesWork = size_t{1} << 21;  // products that are worth a task of samples
+constexpr size_t kRangeElements = size_t{1} << 13;  // of more than that
+constexpr size_t kLeastRow = 8;                     // pixels
+constexpr size_t kSmallSample = size_t{1} << 22;    // products that are not worth more than a task
+constexpr size_t kSamplesWork = size_t{1} << 21;    // products that are worth a task of samples
 
 // Sample i of a batch.
 template <typename T>
@@ -56,13 +57,15 @@ RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const floa
     float low, high;
     int finite;
   };
-  const size_t total = shape.num_in() * shape.channels_in, parts = ceil_div(total, kTaskElements);
+  const size_t total = shape.num_in() * shape.channels_in;
+  const size_t size = total <= kTaskElements ? kTaskElements : kRangeElements;
+  const size_t parts = ceil_div(total, size);
   std::vector<Range> ranges(parts);  // none of an input that is all padding
   parallel_for(parallel, parts, [&](size_t part) {
-    const size_t begin = part * kTaskElements;
+    const size_t begin = part * size;
     Range& range = ranges[part];
-    op.kernels->range_f32(src + begin, std::min(kTaskElements, total - begin), &range.low,
-                          &range.high, &range.finite);
+    op.kernels->range_f32(src + begin, std::min(size, total - begin), &range.low, &range.high,
+                          &range.finite);
   });
   Range all = {0.0f, 0.0f, 1};
   for (const Range& range : ranges) {

@@ -349,9 +349,10 @@ void gemm_of(const GemmJob& job, const Parallel& parallel) {
   }
   // Splits of rows differ by a block at most, or by a tile where there are few; an even number of
   // them suits two threads.
-  const size_t most = std::max<size_t>(1, kTargetTasks / panels);
+  const bool odd = panels % 2 && panels < kTargetTasks;
+  const size_t most = std::max<size_t>(odd ? 2 : 1, kTargetTasks / panels);
   size_t splits = std::clamp<size_t>(job.m / kLeastRows, 1, most);
-  if (splits > 1 && panels % 2) splits += splits % 2;
+  if (splits > 1 && odd) splits += splits % 2;
   const size_t unit = job.m < 2 * splits * kBlockRows ? size_t{kMaxRows} : kBlockRows;
   const size_t units = ceil_div(job.m, unit);
   const auto row = [&](size_t split) { return std::min(split * units / splits * unit, job.m); };
