@@ -27,7 +27,7 @@ _WARM_UP = 3
 # With more than one thread, those of a model go on looking for work for a while after it has run, on the processors
 # that the next one needs. And when they wake, the system takes a while to give each a processor of its own.
 _SETTLE_SECONDS = 0.04
-_WAKE_SECONDS = 0.1
+_WAKE_SECONDS = 0.02
 _BURST_SECONDS = 0.02
 _MIN_PROFILED = 3
 _KERNEL_TIME = "_kernel_time"  # how the profile ends the name of a node
