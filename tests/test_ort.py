@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +49,16 @@ def model(op, initializers, inputs, rank, domain="afpq", element=TensorProto.FLO
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
-def run(serialized, threads=2, **feeds):
+def session(serialized, threads=2):
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.register_custom_ops_library(LIBRARY)
-    session = ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)[0]
+    return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+
+
+def run(serialized, threads=2, **feeds):
+    return session(serialized, threads).run(None, feeds)[0]
 
 
 @pytest.mark.parametrize("kind", ["real", "integer"])
@@ -127,6 +131,28 @@ def test_conv_equals_the_float_op_with_decoded_weights(channels, attributes, spa
     )
     assert y.shape == expected.shape
     np.testing.assert_allclose(y, expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_runs_at_the_same_time_do_not_disturb_each_other(threads, kernel):
+    rng = np.random.default_rng(kernel)
+    _, tensors = weight_tensors(
+        rng.standard_normal((32, 16 * kernel**2)).astype(np.float32), AfpFormat(2, 2)
+    )
+    serialized = model(
+        "Conv", tensors, {"x": ["N", 16, 32, 32]}, 4, format="e2m2", n=32, k=16 * kernel**2,
+        kernel_shape=[kernel] * 2, pads=[kernel // 2] * 4,
+    )  # fmt: skip
+    # As many ranges as inputs: what one run makes of its input would be wrong for another.
+    inputs = [rng.standard_normal((1, 16, 32, 32)).astype(np.float32) * 2**i for i in range(4)]
+    shared = session(serialized, threads)
+    expected = [shared.run(None, {"x": x})[0] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            results = pool.map(lambda x: shared.run(None, {"x": x})[0], inputs)
+            for result, alone in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(result, alone)
 
 
 @pytest.mark.parametrize("element", [TensorProto.INT64, TensorProto.INT32])

@@ -56,9 +56,8 @@ struct Job {
   Job(const Conv& conv, const ConvShape& conv_shape, bool has_bytes, bool to_bytes)
       : op(conv),
         shape(conv_shape),
-        products(conv_fits_depthwise(conv, conv_shape) ? Products{Elements::kBytes, 1, 1}
-                 : conv_is_planar(conv_shape)
-                     ? Products{}
+        products(conv_fits_depthwise(conv, conv_shape)
+                     ? Products{Elements::kBytes, 1, 1}
                      : products_of(*conv.kernels, conv.rounding.mode, *conv.weight)),
         taps(taps_of(conv, conv_shape)),
         depthwise(conv_fits_depthwise(conv, conv_shape)),
