@@ -17,6 +17,8 @@ constexpr size_t kPanelBytes = size_t{128} << 10;
 constexpr size_t kLeastPanelPixels = 64;
 constexpr size_t kExpandedBytes = size_t{128} << 10;  // of a chunk, in L2
 constexpr size_t kManyStrips = 4;                     // enough for a few threads
+constexpr size_t kMakeTasks = 8;                      // the same, of few strips
+constexpr size_t kMakeElements = size_t{1} << 13;     // that are worth one
 
 struct Panels {
   const size_t total;  // pixels
@@ -40,9 +42,10 @@ struct Panels {
 };
 
 void make_panel(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
-                uint8_t* panel) {
+                const PixelRange& channels, uint8_t* panel) {
   const size_t count = panels.pixels_of(strip);
-  quantize_pixels(job, sample, {strip * panels.pixels, 1, count, count, panels.stride}, panel);
+  quantize_pixels(job, sample, {strip * panels.pixels, 1, count, count, panels.stride}, channels,
+                  panel);
 }
 
 void multiply(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
@@ -68,7 +71,7 @@ void run_many_strips(const PixelJob& job, const Panels& panels, const PixelSampl
   parallel_for(parallel, panels.count, [&](size_t strip) {
     task_scratch().reset(Scratch::room<uint8_t>(panels.bytes));
     uint8_t* panel = task_scratch().take<uint8_t>(panels.bytes);
-    make_panel(job, panels, sample, strip, panel);
+    make_panel(job, panels, sample, strip, job.channels(), panel);
     for (size_t b = 0; b < job.op.weight->num_blocks; ++b)
       multiply(job, panels, sample, strip, panel, b, expanded + b * job.block_bytes);
   });
@@ -104,11 +107,17 @@ void conv_few_strips(const PixelJob& job, const Panels& panels, const float* src
   const size_t blocks = job.op.weight->num_blocks;
   const size_t step = std::max<size_t>(
       1, std::min(ceil_div(blocks, kPixelTasks), kExpandedBytes / job.block_bytes));
+  // Channels next to each other go to one core, which has often made them itself.
+  const size_t channels = job.shape.channels_in;
+  const size_t least = std::max(ceil_div(channels, kMakeTasks), kMakeElements / panels.total);
+  const size_t chunk = ceil_div(std::max<size_t>(1, least), kTileK) * kTileK;
   const auto make = [&](const PixelSample& sample, const PixelRange& strips, uint8_t* made,
                         const Parallel& of) {
-    parallel_for(of, strips.end - strips.begin, [&](size_t task) {
-      const size_t strip = strips.begin + task;
-      make_panel(job, panels, sample, strip, made + strip * panels.bytes);
+    const size_t count = strips.end - strips.begin;
+    parallel_for(of, ceil_div(channels, chunk) * count, [&](size_t task) {
+      const size_t first = task / count * chunk, strip = strips.begin + task % count;
+      make_panel(job, panels, sample, strip, {first, std::min(channels, first + chunk)},
+                 made + strip * panels.bytes);
     });
   };
   const auto needs = [&](size_t) { return PixelRange{0, panels.count}; };

@@ -101,7 +101,8 @@ void round_rows(const PixelJob& job, const Planes& planes, const PixelSample& sa
     std::fill(plane + from, plane + filled, padding);
   }
   const PixelRun run = {(first - top) * width, last - first, width, planes.pitch, planes.stride};
-  quantize_pixels(job, sample, run, reinterpret_cast<uint8_t*>(dst + first * planes.pitch + left));
+  quantize_pixels(job, sample, run, job.channels(),
+                  reinterpret_cast<uint8_t*>(dst + first * planes.pitch + left));
 }
 
 // Rows [begin, end) of all planes. dst: [groups][planes.stride] dwords, as floats because the
@@ -118,7 +119,8 @@ void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sam
   task_scratch().reset(Scratch::room<uint8_t>(bytes));
   uint8_t* rounded = task_scratch().take<uint8_t>(bytes);
   if (count > 0)
-    quantize_pixels(job, sample, {(first - top) * shape.in[2], 1, count, count, count}, rounded);
+    quantize_pixels(job, sample, {(first - top) * shape.in[2], 1, count, count, count},
+                    job.channels(), rounded);
   const size_t filled = end < planes.rows ? end * planes.pitch : planes.pixels;
   for (size_t g = 0; g < job.groups(); ++g, dst += planes.stride) {
     const float* src = reinterpret_cast<const float*>(rounded) + g * count;

@@ -18,13 +18,14 @@ PixelJob::PixelJob(const Conv& conv, const ConvShape& conv_shape, const Products
       block_bytes(plane_bytes * conv_products.rhs_planes) {}
 
 void quantize_pixels(const PixelJob& job, const PixelSample& sample, const PixelRun& run,
-                     uint8_t* dst) {
+                     const PixelRange& channels, uint8_t* dst) {
+  dst += channels.begin / job.steps * run.stride * kPixelDword;
   AfpqQuantize quantize = sample.quantizer.quantize;
   quantize.planes[0] = dst;
   quantize.words = reinterpret_cast<int16_t*>(dst);
-  const AfpqPixelSource source = {sample.floats + run.first,
+  const AfpqPixelSource source = {sample.floats + channels.begin * job.shape.num_in() + run.first,
                                   job.shape.num_in(),
-                                  job.shape.channels_in,
+                                  channels.end - channels.begin,
                                   run.num_rows,
                                   run.row_size,
                                   run.row_pitch,

@@ -8,6 +8,10 @@
 
 namespace afpq {
 
+struct PixelRange {
+  size_t begin, end;
+};
+
 struct PixelJob {
   const Conv& op;
   const ConvShape& shape;
@@ -19,6 +23,7 @@ struct PixelJob {
   PixelJob(const Conv& conv, const ConvShape& conv_shape, const Products& conv_products);
   bool words() const { return products.elements == Elements::kWords; }
   size_t groups() const { return shape.channels_in / steps; }  // of a tap
+  PixelRange channels() const { return {0, shape.channels_in}; }
 };
 
 constexpr size_t kPixelDword = 4;
@@ -33,13 +38,14 @@ struct PixelSample {
   const float* residual;  // or null
 };
 
-// Pixels of all channels from `first` on, and where they become dwords, as AfpqPixelSource has it.
+// Pixels from `first` on, and where they become dwords, as AfpqPixelSource has it. dst: of the
+// first channel of all.
 struct PixelRun {
   size_t first, num_rows, row_size;
   size_t row_pitch, stride;
 };
 void quantize_pixels(const PixelJob& job, const PixelSample& sample, const PixelRun& run,
-                     uint8_t* dst);
+                     const PixelRange& channels, uint8_t* dst);
 
 // The planes of a block of 16 channels.
 void expand_pixel_block(const PixelJob& job, size_t block, uint8_t* dst);
@@ -68,10 +74,6 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
 // Sample i of a batch.
 PixelSample pixel_sample(const PixelJob& job, const float* src, const ConvTarget& dst, size_t i,
                          const RowQuantizer& quantizer);
-
-struct PixelRange {
-  size_t begin, end;
-};
 
 // What a thread has made of a sample for itself.
 class OwnSample {
