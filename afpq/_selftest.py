@@ -107,7 +107,8 @@ def _products(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
 
 def _quantizers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     src, row = _floats(rng, 20, _COUNT), _floats(rng, _COUNT)
-    rows = (3, _COUNT // 3, _COUNT // 3 + 2)  # of pixels: how many, their size, from one to the next
+    size = _COUNT // 3
+    rows = (3, size, size + 2)  # of pixels: how many, how long, from one to the next
     yield "range_f32", lambda isa: [np.array(_KERNELS.range_f32(isa, row))]
     static = {"format": "ue2m5", "scale": np.float32(0.0390625)}
     even = {"format": "e0m7", "scale": np.float32(0.0390625)}
@@ -159,7 +160,9 @@ def _planes(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         yield _into("planar_f32", np.float32, (7, rows_out, size), *args, size)
     taps, weights = rng.integers(0, 99, 27, np.uint64), _floats(rng, 3, 28, 16)
     ends = _floats(rng, 37), _floats(rng, 37)
-    args = (taps, rng.integers(0, 20, 8, np.uint64), weights, *ends)
-    yield _into("planar_rows_f32", np.float32, (8, 64), _floats(rng, 120), *args)
+    pixels = rng.integers(0, 20, 8, np.uint64)
+    yield _into(
+        "planar_rows_f32", np.float32, (8, 64), _floats(rng, 120), taps, pixels, weights, *ends
+    )
     lanes = ([0, 16, 96], _floats(rng, 3, 16), 16, 96, _floats(rng, 16), _floats(rng, 16))
     yield _into("depthwise_f32", np.float32, (4, 5, 16), _floats(rng, 480), *lanes, _LOW, _HIGH)

@@ -15,12 +15,27 @@ KEPT_TO_AVX2 = "AFPQ_BENCH_KEPT_TO_AVX2"  # set where the runtime is a copy of a
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def _processors() -> list[str]:
+    """The name of each, with the numbers that tell apart what a name does not."""
+    names = []
+    for block in Path("/proc/cpuinfo").read_text().split("\n\n"):
+        pairs = [line.partition(":") for line in block.splitlines()]
+        said = {key.strip(): value.strip() for key, _, value in pairs}
+        if "model name" in said:
+            numbers = (
+                f" (family {said['cpu family']}, model {said['model']})"
+                if "cpu family" in said
+                else ""
+            )
+            names.append(said["model name"] + numbers)
+    return names
+
+
 def facts() -> dict[str, object]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    cpu = _processors()
     kept = " kept to AVX2" if KEPT_TO_AVX2 in os.environ else ""
     return {
         "machine": f"{cpu[0] if cpu else platform.processor()}, {len(cpu)} cores",
