@@ -66,15 +66,21 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
-@pytest.mark.parametrize("text", ["e2m2", "e3m3", "e4m1"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
+# Of which threads share what is rounded before the products.
+LARGE = [
+    (16, 20, 1, (1, 64, 40), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 64, 40)),
+    (12, 24, 1, (1, 70, 60), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 35, 30)),
+    (64, 40, 1, (1, 24, 24), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 24, 24)),
+    (64, 40, 1, (1, 7, 90), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 7, 90)),
+]
+
+
+def check_conv(shape, text, activations, samples, threads):
     channels, n, groups, size, kernel, strides, dilations, pads, out = shape
     rng = np.random.default_rng(6)
     fmt, k = AfpFormat.parse(text), int(np.prod(kernel)) * channels // groups
     data, scale, _, weight = quantized(rng, n, k, fmt)
-    x = np.maximum(rng.standard_normal((2, channels, *size)), -0.5).astype(np.float32)
+    x = np.maximum(rng.standard_normal((samples, channels, *size)), -0.5).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32)
     planar = (
         n // groups % 16 != 0 or channels // groups % 4 != 0
@@ -82,7 +88,7 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
         else channels < 4 and k <= 64
     )
     planes = 0 if planar or fmt.kernel_class == "wide" else PLANES[activations]
-    rows = rounded_rows(x.reshape(2, -1), planes).reshape(x.shape)
+    rows = rounded_rows(x.reshape(samples, -1), planes).reshape(x.shape)
     geometry = groups, kernel, strides, dilations, pads, out
     exact = naive_conv(rows, weight, *geometry) + bias[:, None, None, None]
     bound = (
@@ -91,11 +97,25 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
         * (naive_conv(np.abs(rows), np.abs(weight), *geometry) + np.abs(bias)[:, None, None, None])
     )
 
-    def run(isa, threads):
+    def run(isa, number):
         args = x, data, text, n, k, scale, bias, activations, -INF, 3.0
-        return _core.conv(isa, threads, *args, *geometry)
+        return _core.conv(isa, number, *args, *geometry)
 
-    check_everywhere(run, np.minimum(exact, 3.0), bound)
+    check_everywhere(run, np.minimum(exact, 3.0), bound, threads)
+
+
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+@pytest.mark.parametrize("text", ["e2m2", "e3m3", "e4m1"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
+    check_conv(shape, text, activations, samples=2, threads=(1, 2))
+
+
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+def test_threads_share_a_single_sample(shape, activations):
+    # Small samples of a batch are shared out whole instead.
+    check_conv(shape, "e2m2", activations, samples=1, threads=(1, 2, 3))
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
