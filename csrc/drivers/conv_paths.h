@@ -31,6 +31,19 @@ bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& pr
 void conv_pixels(const Conv& op, const ConvShape& shape, const Products& products, const float* src,
                  size_t batch, const ConvTarget& dst, const Parallel& parallel);
 
+// Elements [begin, end) of a plane, but for those of rows [first, last), of which row y is `width`
+// elements from y * pitch + left on.
+template <typename T>
+void fill_around_rows(T* plane, size_t begin, size_t end, size_t first, size_t last, size_t pitch,
+                      size_t left, size_t width, T value) {
+  for (size_t y = first; y < last; ++y) {
+    const size_t at = y * pitch + left;
+    std::fill(plane + begin, plane + at, value);
+    begin = at + width;
+  }
+  std::fill(plane + begin, plane + end, value);
+}
+
 // What follows the sums of float planes, in units of the output; of bytes, in the layer's scratch.
 struct PlanarEnd {
   const float* scales;  // [channels]

@@ -91,14 +91,8 @@ void round_rows(const PixelJob& job, const Planes& planes, const PixelSample& sa
   const size_t last = std::clamp(end, first, top + shape.in[1]);
   const size_t filled = end < planes.rows ? end * planes.pitch : planes.pixels;
   for (size_t g = 0; g < job.groups(); ++g) {
-    uint32_t* plane = dst + g * planes.stride;
-    size_t from = begin * planes.pitch;
-    for (size_t y = first; y < last; ++y) {
-      const size_t at = y * planes.pitch + left;
-      std::fill(plane + from, plane + at, padding);
-      from = at + width;
-    }
-    std::fill(plane + from, plane + filled, padding);
+    fill_around_rows(dst + g * planes.stride, begin * planes.pitch, filled, first, last,
+                     planes.pitch, left, width, padding);
   }
   const PixelRun run = {(first - top) * width, last - first, width, planes.pitch, planes.stride};
   quantize_pixels(job, sample, run, job.channels(),

@@ -56,13 +56,9 @@ struct Workspace {
   void fill_padding(const ConvShape& shape, const Lanes& lanes) const {
     const size_t top = shape.pads[1], left = std::min(shape.pads[2], lanes.columns);
     const size_t width = std::min(shape.in[2], lanes.columns - left);
-    size_t from = 0;
-    for (size_t y = top; y < std::min(top + shape.in[1], lanes.rows); ++y) {
-      const size_t at = y * lanes.columns + left;
-      std::fill(padded + from * kTileN, padded + at * kTileN, 0.0f);
-      from = at + width;
-    }
-    std::fill(padded + from * kTileN, padded + lanes.rows * lanes.columns * kTileN, 0.0f);
+    const size_t row = lanes.columns * kTileN;
+    fill_around_rows(padded, 0, lanes.rows * row, top, std::min(top + shape.in[1], lanes.rows), row,
+                     left * kTileN, width * kTileN, 0.0f);
   }
 };
 
