@@ -40,7 +40,7 @@ inline AfpqQuantize quantizer(float inverse_scale, int32_t zero_point, const std
     require(afpq::parse_format(format.c_str(), &rounding.format) &&
                 afpq::fits_activations(rounding.format),
             "no such format of activations");
-    q = afpq::row_quantizer(rounding, 0, 0, true).quantize;
+    q = afpq::static_quantizer(rounding).quantize;
   } else {
     q.inverse_scale = inverse_scale;
     q.zero_point = zero_point;

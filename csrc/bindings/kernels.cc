@@ -104,11 +104,10 @@ void gemm_s32_u8_afp(const std::string& isa, Array<const uint8_t, 2> lhs,
                                 dst.data());
 }
 
-std::tuple<float, float, bool> range_f32(const std::string& isa, Array<const float, 1> src) {
-  float low = 0, high = 0;
-  int finite = 0;
-  table_of(isa).range_f32(src.data(), src.shape(0), &low, &high, &finite);
-  return {low, high, finite != 0};
+std::tuple<int32_t, uint32_t> range_f32(const std::string& isa, Array<const float, 1> src) {
+  AfpqRange range;
+  table_of(isa).range_f32(src.data(), src.shape(0), &range);
+  return {range.above, range.below};
 }
 
 // dst: [num_planes, count]

@@ -53,27 +53,18 @@ void conv_samples(const Conv& op, const ConvShape& shape, const ConvSource& src,
 
 RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
                               const Parallel& parallel) {
-  struct Range {
-    float low, high;
-    int finite;
-  };
   const size_t total = shape.num_in() * shape.channels_in;
   const size_t size = total <= kTaskElements ? kTaskElements : kRangeElements;
   const size_t parts = ceil_div(total, size);
-  std::vector<Range> ranges(parts);  // none of an input that is all padding
+  std::vector<AfpqRange> ranges(parts);  // none of an input that is all padding
   parallel_for(parallel, parts, [&](size_t part) {
     const size_t begin = part * size;
-    Range& range = ranges[part];
-    op.kernels->range_f32(src + begin, std::min(size, total - begin), &range.low, &range.high,
-                          &range.finite);
+    op.kernels->range_f32(src + begin, std::min(size, total - begin), &ranges[part]);
   });
-  Range all = {0.0f, 0.0f, 1};
-  for (const Range& range : ranges) {
-    all.low = std::min(all.low, range.low);
-    all.high = std::max(all.high, range.high);
-    all.finite &= range.finite;
-  }
-  return row_quantizer(op.rounding, all.low, all.high, all.finite == 1);
+  AfpqRange all = {0, 0};
+  for (const AfpqRange& range : ranges)
+    all = {std::max(all.above, range.above), std::max(all.below, range.below)};
+  return row_quantizer(op.rounding, all);
 }
 
 void quantize_planes(const AfpqKernels& kernels, const Products& products,

@@ -131,7 +131,7 @@ struct RowQuantizer {
     return quantize.zero_point - (centred ? 32768 : 0);
   }
 };
-RowQuantizer row_quantizer(const LhsRounding& rounding, float low, float high, bool finite);
+RowQuantizer row_quantizer(const LhsRounding& rounding, const AfpqRange& range);
 
 // The same of a static format, whose rounding has a scale.
 RowQuantizer static_quantizer(const LhsRounding& rounding);

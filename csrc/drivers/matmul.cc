@@ -43,10 +43,9 @@ void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Para
         if (plane_bytes) std::memcpy(planes[0] + begin, row, used);
         continue;
       }
-      float low, high;
-      int finite;
-      op.kernels->range_f32(row, k, &low, &high, &finite);
-      RowQuantizer quantizer = row_quantizer(op.rounding, low, high, finite);
+      AfpqRange range;
+      op.kernels->range_f32(row, k, &range);
+      RowQuantizer quantizer = row_quantizer(op.rounding, range);
       row_scales[r] = quantizer.scale;
       zero_points[r] = quantizer.zero_element(products.elements);
       for (int p = 0; p < products.lhs_planes; ++p)

@@ -267,45 +267,32 @@ void expand_f32_afp_avx2(const uint8_t* src, size_t num_tiles, unsigned bits, co
 #include "avx2_bytes.inc"
 
 struct Range {
-  __m256 low = _mm256_setzero_ps();
-  __m256 high = _mm256_setzero_ps();
-  __m256 special = _mm256_setzero_ps();
+  __m256i above = _mm256_setzero_si256();
+  __m256i below = _mm256_setzero_si256();
 
-  // minps and maxps return the second operand for NaN and for two zeros: both bounds stay numbers
-  // and never -0.
-  [[gnu::always_inline]] void add(__m256 value) {
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    const __m256 infinity = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
-    low = _mm256_min_ps(value, low);
-    high = _mm256_max_ps(value, high);
-    special = _mm256_or_ps(special,
-                           _mm256_cmp_ps(_mm256_and_ps(value, magnitude), infinity, _CMP_NLT_UQ));
-  }
-  [[gnu::always_inline]] void add(const Range& other) {
-    low = _mm256_min_ps(other.low, low);
-    high = _mm256_max_ps(other.high, high);
-    special = _mm256_or_ps(special, other.special);
+  [[gnu::always_inline]] void add(__m256i bits) {
+    above = _mm256_max_epi32(above, bits);
+    below = _mm256_max_epu32(below, bits);
   }
 };
 
-void range_f32_avx2(const float* src, size_t count, float* low, float* high, int* finite) {
+void range_f32_avx2(const float* src, size_t count, AfpqRange* range) {
   Range a, b;
   size_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    a.add(_mm256_loadu_ps(src + i));
-    b.add(_mm256_loadu_ps(src + i + kLanes));
+    a.add(_mm256_castps_si256(_mm256_loadu_ps(src + i)));
+    b.add(_mm256_castps_si256(_mm256_loadu_ps(src + i + kLanes)));
   }
-  for (; i < count; i += kLanes) a.add(load(src + i, count - i));
-  a.add(b);
-  float all_lows[kLanes], all_highs[kLanes];
-  _mm256_storeu_ps(all_lows, a.low);
-  _mm256_storeu_ps(all_highs, a.high);
-  *low = *high = 0.0f;
+  for (; i < count; i += kLanes) a.add(_mm256_castps_si256(load(src + i, count - i)));
+  int32_t above[kLanes];
+  uint32_t below[kLanes];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(above), _mm256_max_epi32(a.above, b.above));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(below), _mm256_max_epu32(a.below, b.below));
+  *range = {0, 0};
   for (i = 0; i < kLanes; ++i) {
-    if (all_lows[i] < *low) *low = all_lows[i];
-    if (all_highs[i] > *high) *high = all_highs[i];
+    if (above[i] > range->above) range->above = above[i];
+    if (below[i] > range->below) range->below = below[i];
   }
-  *finite = _mm256_movemask_ps(a.special) == 0;
 }
 
 // P[q] of kernels.h for up to 8 channels from c.

@@ -205,41 +205,34 @@ void expand_f32_afp_avx512vnni(const uint8_t* src, size_t num_tiles, unsigned bi
 #include "avx512vnni_store.inc"
 
 struct Range {
-  __m512 low = _mm512_setzero_ps();
-  __m512 high = _mm512_setzero_ps();
-  __mmask16 special = 0;
+  __m512i above = _mm512_setzero_si512();
+  __m512i below = _mm512_setzero_si512();
 
-  // minps and maxps return the second operand for NaN and for two zeros, so both bounds stay
-  // numbers and never -0.
-  void add(__m512 value) {
-    low = _mm512_min_ps(value, low);
-    high = _mm512_max_ps(value, high);
-    special = _kor_mask16(
-        special, _mm512_fpclass_ps_mask(value, 0x99));  // quiet and signalling NaN, +inf, -inf
+  void add(__m512i bits) {
+    above = _mm512_max_epi32(above, bits);
+    below = _mm512_max_epu32(below, bits);
   }
   void add(const Range& other) {
-    low = _mm512_min_ps(other.low, low);
-    high = _mm512_max_ps(other.high, high);
-    special = _kor_mask16(special, other.special);
+    above = _mm512_max_epi32(above, other.above);
+    below = _mm512_max_epu32(below, other.below);
   }
 };
 
-void range_f32_avx512vnni(const float* src, size_t count, float* low, float* high, int* finite) {
+void range_f32_avx512vnni(const float* src, size_t count, AfpqRange* range) {
   Range a, b, c, d;
   size_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    a.add(_mm512_loadu_ps(src + i));
-    b.add(_mm512_loadu_ps(src + i + 16));
-    c.add(_mm512_loadu_ps(src + i + 32));
-    d.add(_mm512_loadu_ps(src + i + 48));
+    a.add(_mm512_loadu_si512(src + i));
+    b.add(_mm512_loadu_si512(src + i + 16));
+    c.add(_mm512_loadu_si512(src + i + 32));
+    d.add(_mm512_loadu_si512(src + i + 48));
   }
-  for (; i < count; i += kLanes) a.add(_mm512_maskz_loadu_ps(lanes_at(i, count), src + i));
+  for (; i < count; i += kLanes) a.add(_mm512_maskz_loadu_epi32(lanes_at(i, count), src + i));
   c.add(d);
   a.add(b);
   a.add(c);
-  *low = _mm512_reduce_min_ps(a.low);
-  *high = _mm512_reduce_max_ps(a.high);
-  *finite = a.special == 0;
+  range->above = _mm512_reduce_max_epi32(a.above);
+  range->below = _mm512_reduce_max_epu32(a.below);
 }
 
 }  // namespace

@@ -32,6 +32,14 @@ typedef struct AfpqAhead {
   const uint8_t* end;
 } AfpqAhead;
 
+// The largest of the bits of 0 and some floats, as signed integers and as unsigned ones. Where all
+// are finite, `above` is below 0x7f800000 and the largest number, and `below` is below 0xff800000
+// and, if beyond 0x80000000, the smallest.
+typedef struct AfpqRange {
+  int32_t above;
+  uint32_t below;
+} AfpqRange;
+
 // How sums of one row block become float: dst[r][c] = (accumulate ? dst[r][c] : 0) + scale[c] *
 // F[r][c].
 //
@@ -324,9 +332,8 @@ typedef struct AfpqKernels {
   void (*gemm_pixels_f32_u8_s8)(const AfpqPixels* p);
   void (*gemm_pixels_f32_s16_s16)(const AfpqPixels* p);
 
-  // Smallest and largest of src[0..count) and 0. *finite is set to 0 when an element is NaN or
-  // infinite, else to 1.
-  void (*range_f32)(const float* src, size_t count, float* low, float* high, int* finite);
+  // Of src[0..count) and 0.
+  void (*range_f32)(const float* src, size_t count, AfpqRange* range);
 
   // src[0..count) -> planes[p][0..count).
   void (*quantize_u8_f32)(const float* src, size_t count, const AfpqQuantize* q);

@@ -199,20 +199,16 @@ void expand_f32_afp_neon(const uint8_t* src, size_t num_tiles, unsigned bits, co
   kExpand[bits - 2](src, num_tiles, table, dst);
 }
 
-void range_f32_neon(const float* src, size_t count, float* low, float* high, int* finite) {
-  const float32x4_t infinity = vdupq_n_f32(__builtin_inff());
-  float32x4_t lows = vdupq_n_f32(0.0f), highs = lows;
-  uint32x4_t numbers = vdupq_n_u32(~0u);
+void range_f32_neon(const float* src, size_t count, AfpqRange* range) {
+  int32x4_t above = vdupq_n_s32(0);
+  uint32x4_t below = vdupq_n_u32(0);
   for (size_t i = 0; i < count; i += kLanes) {
     const float32x4_t value = load(src + i, count - i);
-    // Comparisons are false for NaN and for two zeros: both bounds stay numbers and never -0.
-    lows = vbslq_f32(vcltq_f32(value, lows), value, lows);
-    highs = vbslq_f32(vcgtq_f32(value, highs), value, highs);
-    numbers = vandq_u32(numbers, vcaltq_f32(value, infinity));
+    above = vmaxq_s32(above, vreinterpretq_s32_f32(value));
+    below = vmaxq_u32(below, vreinterpretq_u32_f32(value));
   }
-  *low = vminvq_f32(lows);
-  *high = vmaxvq_f32(highs);
-  *finite = vminvq_u32(numbers) != 0;
+  range->above = vmaxvq_s32(above);
+  range->below = vmaxvq_u32(below);
 }
 
 #include "neon_gemm.inc"

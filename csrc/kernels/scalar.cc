@@ -1,6 +1,7 @@
 // The scalar kernel table: the reference in C++. Plain loops over the definitions in kernels.h, for
 // any processor.
 #include <math.h>
+#include <string.h>
 
 #include "compose.h"
 #include "kernels.h"
@@ -113,13 +114,13 @@ void gemm_f32_f32_f32_scalar(const float* const* lhs, size_t num_taps, size_t nu
   }
 }
 
-void range_f32_scalar(const float* src, size_t count, float* low, float* high, int* finite) {
-  *low = *high = 0.0f;
-  *finite = 1;
+void range_f32_scalar(const float* src, size_t count, AfpqRange* range) {
+  *range = {0, 0};
   for (size_t i = 0; i < count; ++i) {
-    if (src[i] < *low) *low = src[i];
-    if (src[i] > *high) *high = src[i];
-    if (!(fabsf(src[i]) < INFINITY)) *finite = 0;
+    uint32_t bits;
+    memcpy(&bits, src + i, sizeof bits);
+    if (bits > range->below) range->below = bits;
+    if (static_cast<int32_t>(bits) > range->above) range->above = static_cast<int32_t>(bits);
   }
 }
 

@@ -18,11 +18,12 @@ void compare_range(Comparison* comparison) {
       if (count % 5 == 1)  // one sign, so that 0 is an end
         for (float& value : values) value = std::fabs(value);
       const Guarded<float> src(values);
-      comparison->results(std::vector<float>(3), text_of("count, special", count, special),
-                          [&](const AfpqKernels& kernels, float* dst) {
-                            int finite = 7;
-                            kernels.range_f32(src.data(), count, &dst[0], &dst[1], &finite);
-                            dst[2] = static_cast<float>(finite);
+      comparison->results(std::vector<uint32_t>(2), text_of("count, special", count, special),
+                          [&](const AfpqKernels& kernels, uint32_t* dst) {
+                            AfpqRange range;
+                            kernels.range_f32(src.data(), count, &range);
+                            dst[0] = range.below;
+                            dst[1] = static_cast<uint32_t>(range.above);
                           });
     }
   }
