@@ -120,9 +120,14 @@ def time_models(
     batch: int = 1,
     seconds: float = 5.0,
     min_rounds: int = _MIN_ROUNDS,
+    warm: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Rounds:
-    """Runs any number of models in turn for about `seconds`, at least `min_rounds` times each; see `bench`."""
+    """Runs any number of models in turn for about `seconds`, at least `min_rounds` times each; see `bench`.
+
+    In each turn a model has just run before, as it has where it serves, unless `warm` is false and there is one thread:
+    the others have taken its place in the caches then.
+    """
     loaded = [_load(path, threads) for path in paths]
     sessions = [s for s, _ in loaded]
     names = [sorted(i.name for i in s.get_inputs()) for s in sessions]
@@ -133,7 +138,7 @@ def time_models(
             )
     feeds = random_feeds(sessions[0], batch) if feeds is None else feeds
     pause = _SETTLE_SECONDS if threads != 1 and len(sessions) > 1 else 0.0
-    times = _rounds(sessions, feeds, seconds, min_rounds, pause, progress)
+    times = _rounds(sessions, feeds, seconds, min_rounds, pause, warm, progress)
     return Rounds(
         tuple(
             _timing(path, load_ms, row)
@@ -184,11 +189,12 @@ def _rounds(
     seconds: float,
     min_rounds: int,
     pause: float,
+    warm: bool,
     progress: Callable[[str, int, int], None] | None,
 ) -> npt.NDArray[np.float64]:
-    """Milliseconds [models, rounds]; who goes first alternates.
+    """Milliseconds [models, rounds], always in the same order: what a model finds in the caches is the same each time.
 
-    Behind a pause, first runs only wake threads, and the median of some that follow counts.
+    Behind a pause, some runs only wake threads, and the median of some that follow counts.
     """
     for model in sessions:
         for _ in range(_WARM_UP):
@@ -196,13 +202,13 @@ def _rounds(
     times: list[list[float]] = []
     start = time.perf_counter()
     while len(times) < min_rounds or time.perf_counter() - start < seconds:
-        order = range(len(sessions))
         taken = [0.0] * len(sessions)
-        for index in order if len(times) % 2 else reversed(order):
+        for index, model in enumerate(sessions):
             if pause > 0:
                 time.sleep(pause)
-                _burst(sessions[index], feeds, _WAKE_SECONDS)
-            burst = _burst(sessions[index], feeds, _BURST_SECONDS if pause > 0 else 0.0)
+            if warm or pause > 0:
+                _burst(model, feeds, _WAKE_SECONDS if pause > 0 else 0.0)
+            burst = _burst(model, feeds, _BURST_SECONDS if pause > 0 else 0.0)
             taken[index] = 1e3 * float(np.median(burst))
         times.append(taken)
         if progress is not None:
