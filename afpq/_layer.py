@@ -18,7 +18,6 @@ __all__ = [
     "TensorInfo",
     "conv_extent",
     "conv_matrix",
-    "is_depthwise",
     "is_planar",
     "original_layout",
     "reads_bytes",
@@ -159,30 +158,25 @@ def reads_bytes(layer: Layer, fmt: AfpFormat) -> bool:
     return fmt.kernel_class != "wide" and has_products(layer)
 
 
-def has_products(layer: Layer) -> bool:
+def takes_bytes(layer: Layer, fmt: AfpFormat) -> bool:
+    """The same if what it reads has a static format: `reads_bytes`, first layers of few channels and depthwise ones."""
+    return fmt.kernel_class != "wide" and has_products(layer, static=True)
+
+
+def has_products(layer: Layer, static: bool = False) -> bool:
     """Whether a layer is a matrix product or a convolution of dot products: its format decides how fast it is."""
     if layer.kind not in ("matmul", "conv"):
         return False
     conv = layer.conv
-    return conv is None or not is_planar(layer.n, layer.k, layer.groups, conv.kernel_shape)
+    return conv is None or not is_planar(layer.n, layer.k, layer.groups, conv.kernel_shape, static)
 
 
-def takes_bytes(layer: Layer, fmt: AfpFormat) -> bool:
-    """Whether kernels multiply bytes if what a layer reads has a static format: `reads_bytes`, and depthwise ones."""
-    if reads_bytes(layer, fmt):
-        return True
-    if layer.conv is None or fmt.kernel_class == "wide":
-        return False
-    return is_depthwise(layer.n, layer.k, layer.groups, layer.conv.kernel_shape)
+def is_planar(
+    n: int, k: int, groups: int, kernel_shape: Sequence[int], static: bool = False
+) -> bool:
+    """Whether a convolution with weights [n, k] runs on float planes: too few channels for dot products.
 
-
-def is_depthwise(n: int, k: int, groups: int, kernel_shape: Sequence[int]) -> bool:
-    """Whether a convolution with weights [n, k] has kernels for bytes of single channels."""
+    `static` says that what it reads has a static format.
+    """
     taps = math.prod(kernel_shape)
-    return bool(_core.conv_is_depthwise(k // taps * groups, n, groups, taps))
-
-
-def is_planar(n: int, k: int, groups: int, kernel_shape: Sequence[int]) -> bool:
-    """Whether a convolution with weights [n, k] runs on float planes: too few channels for dot products."""
-    taps = math.prod(kernel_shape)
-    return bool(_core.conv_is_planar(k // taps * groups, n, groups, taps))
+    return bool(_core.conv_is_planar(k // taps * groups, n, groups, taps, static))

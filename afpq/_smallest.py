@@ -50,6 +50,7 @@ def smallest_model(job: Job, stats: Stats, progress: Progress) -> Result:
         overrides=job.overrides,
         mode=job.mode,
         rates=job.latency,
+        activations=job.activations,
         threads=job.threads,
         progress=progress,
         journal=job.journal,

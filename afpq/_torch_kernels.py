@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from afpq import _core
-from afpq._layer import is_depthwise, is_planar
+from afpq._layer import is_planar
 from afpq.formats import AfpFormat, scale_of
 
 __all__ = ["column_sums", "conv_extents"]
@@ -46,8 +46,7 @@ def column_sums(
     its input has a static format.
     """
     multiple = 1
-    of = n, k, groups, kernel
-    if activations == "f32" or (kernel and is_planar(*of) and not (static and is_depthwise(*of))):
+    if activations == "f32" or (kernel and is_planar(n, k, groups, kernel, static)):
         return torch.zeros(0, 0, dtype=torch.int32)
     channels = k // math.prod(kernel)
     if kernel and channels % 4 == 0:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from afpq._layer import is_depthwise, is_planar
+from afpq._layer import is_planar
 from afpq.errors import FormatError, ModelError
 from afpq.formats import AfpFormat, decode, scale_of
 from afpq.packing import unpack
@@ -121,8 +121,8 @@ class PackedLayer:
             return "float"
         if self.op == "Conv":
             kernel_shape = self.node.attributes["kernel_shape"].value
-            shape = (self.n, self.k, self.groups, kernel_shape)
-            if is_planar(*shape) and (self.activation_format is None or not is_depthwise(*shape)):
+            static = self.activation_format is not None
+            if is_planar(self.n, self.k, self.groups, kernel_shape, static):
                 return "planar"
         return self.format.kernel_class
 

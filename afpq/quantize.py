@@ -168,6 +168,7 @@ def find_plan(
             overrides=job.overrides,
             mode=job.mode,
             rates=job.latency,
+            activations=job.activations,
             threads=job.threads,
             progress=progress,
             journal=job.journal,

@@ -22,7 +22,7 @@ from afpq._candidates import (
 )
 from afpq._costs import Costs
 from afpq._judge import Judge, Objective, choose_objective
-from afpq._layer import has_products
+from afpq._layer import Layer, has_products
 from afpq._measure import Progress, Workshop, measure_sensitivity, split_samples
 from afpq._second import second_pass
 from afpq._sensitivity import Sensitivity, read_sensitivities, write_sensitivities
@@ -91,6 +91,7 @@ def search(
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
     rates: Mapping[str, float] | None = None,
+    activations: str = "a16",
     threads: int = 0,
     progress: Progress | None = None,
     journal: Journal | None = None,
@@ -136,6 +137,7 @@ def search(
         overrides=overrides,
         mode=mode,
         rates=rates,
+        activations=activations,
         threads=threads,
         progress=progress,
         journal=journal,
@@ -159,6 +161,7 @@ def measure(
     overrides: Mapping[str, str] | None = None,
     mode: str = "default",
     rates: Mapping[str, float] | None = None,
+    activations: str = "a16",
     threads: int = 0,
     progress: Progress | None = None,
     journal: Journal | None = None,
@@ -185,7 +188,7 @@ def measure(
         )
         if progress is not None:
             progress("formats", done + 1, len(active))
-    seconds = None if rates is None else _seconds(active, found, stats, rates)
+    seconds = None if rates is None else _seconds(active, found, stats, rates, activations)
     unmeasured = Costs(every, found, {}, "none", seconds=seconds)
     if not active:
         return unmeasured
@@ -202,6 +205,7 @@ def _seconds(
     found: Mapping[str, Sequence[Candidate]],
     stats: Stats | None,
     rates: Mapping[str, float],
+    activations: str,
 ) -> dict[str, list[float]]:
     """What the products of one sample take: nothing where a format does not matter, as on float planes."""
     if stats is None:
@@ -209,9 +213,14 @@ def _seconds(
             "rates need calibration data: how often a layer multiplies is counted there"
         )
 
+    def matters(layer: Layer) -> bool:
+        # With data, a8 has static formats; depthwise kernels take any integers.
+        static = activations == "a8" and layer.groups == 1
+        return layer.name in stats and has_products(layer, static)
+
     result = {}
     for target in active:
-        layers = [x for x in target.layers if x.name in stats and has_products(x)]
+        layers = [x for x in target.layers if matters(x)]
         positions = sum(stats[layer.name].count for layer in layers) / stats.num_samples
         result[target.weight_name] = [
             target.weight.size * positions * product_seconds(rates, c.format)

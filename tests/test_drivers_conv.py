@@ -196,8 +196,7 @@ def test_conv_rounds_activations_to_a_static_format(shape, activation_format, sc
     activation, scale = AfpFormat.parse(activation_format), round_scale(fmt, scale, "real")
     data, scales, _, weight = quantized(rng, n, k, fmt)
     x = rng.standard_normal((2, channels, *size)).astype(np.float32)
-    of = channels, n, groups, taps
-    planar = _core.conv_is_planar(*of) and not _core.conv_is_depthwise(*of)
+    planar = _core.conv_is_planar(channels, n, groups, taps, True)
     rows = x if planar else fake_quantize(x, activation, scale)
     geometry = groups, kernel, strides, dilations, pads, out
     exact = naive_conv(rows, weight, *geometry)

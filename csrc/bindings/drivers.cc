@@ -163,7 +163,7 @@ std::optional<Result> run_conv(const std::string& isa, size_t threads, Floats x,
   const AfpqKernels& kernels = table(isa);
   const afpq::LhsRounding rounding = rounding_of(activations, activation_format, activation_scale);
   const size_t multiple = shape.group_in() % kTileK == 0 ? shape.group_in() / kTileK : 1;
-  const bool planar = conv_is_planar(shape) && !(conv_is_depthwise(shape) && rounding.scale > 0);
+  const bool planar = conv_is_planar(shape, rounding.scale > 0);
   const bool needs_sums = rounding.mode != afpq::Activations::kF32 && !planar;
   const afpq::PackedWeight weight =
       weight_of(kernels, format, data, n, k, scales, 0, multiple, needs_sums, sums);
@@ -232,15 +232,14 @@ nb::ndarray<nb::numpy, int32_t> run_column_sums(const std::string& isa, Bytes da
   return {sums, 2, shape, owner};
 }
 
-// A question to the attributes of a convolution.
-template <bool (*kAsk)(const afpq::ConvShape&)>
-bool ask(size_t channels_in, size_t channels_out, size_t groups, size_t num_taps) {
+bool is_planar(size_t channels_in, size_t channels_out, size_t groups, size_t num_taps,
+               bool is_static) {
   afpq::ConvShape shape;
   shape.channels_in = channels_in;
   shape.channels_out = channels_out;
   shape.groups = groups;
   shape.kernel[0] = num_taps;
-  return kAsk(shape);
+  return conv_is_planar(shape, is_static);
 }
 
 }  // namespace
@@ -255,10 +254,8 @@ void bind_drivers(nb::module_& module) {
              "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "extent"_a,
              "activation_format"_a = "", "activation_scale"_a = 0.0f, "sums"_a = nb::none(),
              "out"_a = nb::none(), "residual"_a = nb::none());
-  module.def("conv_is_planar", &ask<afpq::conv_is_planar>, "channels_in"_a, "channels_out"_a,
-             "groups"_a, "num_taps"_a);
-  module.def("conv_is_depthwise", &ask<afpq::conv_is_depthwise>, "channels_in"_a, "channels_out"_a,
-             "groups"_a, "num_taps"_a);
+  module.def("conv_is_planar", &is_planar, "channels_in"_a, "channels_out"_a, "groups"_a,
+             "num_taps"_a, "is_static"_a);
   module.def("gather", &run_gather, "threads"_a, "indices"_a, "data"_a, "format"_a, "n"_a, "k"_a,
              "scales"_a, "out"_a);
   module.def("unpack", &run_unpack, "data"_a, "format"_a, "n"_a, "k"_a, "scales"_a, "group_size"_a,

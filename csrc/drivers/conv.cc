@@ -30,12 +30,15 @@ ConvTarget sample_of(const ConvShape& shape, const ConvTarget& dst, size_t i) {
           moved(dst.float_residual, at)};
 }
 
+bool runs_on_planes(const Conv& op, const ConvShape& shape) {
+  return conv_is_planar(shape, op.rounding.scale > 0 && op.weight->format.num_planes() > 0);
+}
+
 // Samples, each of them split into tasks.
 void conv_samples(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
                   const ConvTarget& dst, const Parallel& parallel) {
   const bool floats = src.floats && dst.floats && !dst.residual;
-  const bool planar = conv_is_planar(shape) && !conv_fits_depthwise(op, shape);
-  if (planar) {
+  if (runs_on_planes(op, shape)) {
     // Rows of output shorter than a vector leave it half empty: channels fill one.
     if (shape.groups == 1 && (dst.bytes || shape.out[2] < kLeastRow))
       return conv_planar_rows(op, shape, src.floats, batch, dst, parallel);
@@ -88,7 +91,7 @@ bool conv_fits_depthwise(const Conv& op, const ConvShape& shape) {
 
 bool conv_multiplies_integers(const Conv& op, const ConvShape& shape) {
   return op.rounding.mode != Activations::kF32 && op.weight->format.num_planes() > 0 &&
-         (!conv_is_planar(shape) || conv_fits_depthwise(op, shape));
+         !runs_on_planes(op, shape);
 }
 
 void conv(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,

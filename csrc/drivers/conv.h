@@ -39,18 +39,21 @@ struct ConvShape {
   size_t group_out() const { return channels_out / groups; }
 };
 
-// Whether a convolution runs on float planes, which its attributes decide: groups do not fill tiles
-// of 16 channels, or their taps cannot be read in place, or there is so little to multiply (the
-// first layer of an image network) that rounding and gathering would cost more than the products.
-inline bool conv_is_planar(const ConvShape& shape) {
-  if (shape.groups == 1)
-    return shape.channels_in < kTileK && shape.channels_in * shape.num_taps() <= 64;
-  return shape.group_out() % kTileN != 0 || shape.group_in() % kTileK != 0;
-}
-
 inline bool conv_is_depthwise(const ConvShape& shape) {
   return shape.groups > 1 && shape.groups == shape.channels_in &&
          shape.groups == shape.channels_out && shape.num_taps() <= 256;  // sums fit int32
+}
+
+// Whether a convolution runs on float planes, which its attributes decide: groups do not fill tiles
+// of 16 channels, or their taps cannot be read in place, or there is so little to multiply (the
+// first layer of an image network) that looking for a range, rounding and gathering would cost more
+// than the products. `is_static`: what it reads has a static format.
+inline bool conv_is_planar(const ConvShape& shape, bool is_static) {
+  if (shape.groups == 1) {
+    return !is_static && shape.channels_in < kTileK && shape.channels_in * shape.num_taps() <= 64;
+  }
+  if (is_static && conv_is_depthwise(shape)) return false;
+  return shape.group_out() % kTileN != 0 || shape.group_in() % kTileK != 0;
 }
 
 struct Conv {

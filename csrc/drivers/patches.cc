@@ -9,20 +9,17 @@ namespace {
 
 constexpr size_t kTaskElements = size_t{1} << 15;
 
-// A few elements, which memmove would take longer to look at than to copy. kTwice: 16 to 32 bytes.
-template <bool kTwice, typename T>
+// A few elements, which memmove would take longer to look at than to copy: kBytes to twice as many
+// bytes, in two steps that overlap; or any number, if that is 0.
+template <size_t kBytes, typename T>
 void copy_few(const T* src, size_t count, T* dst) {
-  constexpr size_t kStep = 16 / sizeof(T);
-  if (!kTwice && count < kStep) {
-    for (size_t i = 0; i < count; ++i) dst[i] = src[i];
-    return;
-  }
-  if constexpr (kTwice) {
-    std::memcpy(dst, src, 16);
+  constexpr size_t kStep = kBytes / sizeof(T);
+  if constexpr (kStep == 0) {
+    std::copy(src, src + count, dst);
   } else {
-    for (size_t i = 0; i + kStep < count; i += kStep) std::memcpy(dst + i, src + i, 16);
+    std::memcpy(dst, src, kBytes);
+    std::memcpy(dst + count - kStep, src + count - kStep, kBytes);
   }
-  std::memcpy(dst + count - kStep, src + count - kStep, 16);
 }
 
 // Taps that lie next to each other: those of a row of the kernel, or single ones.
@@ -43,12 +40,21 @@ struct Runs {
   }
 };
 
-template <bool kTwice, typename T>
+template <size_t kBytes, typename T>
 void copy_runs(const Runs& runs, const T* src, T* dst) {
   for (const size_t offset : runs.offsets) {
-    copy_few<kTwice>(src + offset, runs.size, dst);
+    copy_few<kBytes>(src + offset, runs.size, dst);
     dst += runs.size;
   }
+}
+
+template <typename T>
+auto copy_of(size_t bytes) {
+  return bytes > 32    ? copy_runs<0, T>
+         : bytes >= 16 ? copy_runs<16, T>
+         : bytes >= 8  ? copy_runs<8, T>
+         : bytes >= 4  ? copy_runs<4, T>
+                       : copy_runs<0, T>;
 }
 
 }  // namespace
@@ -86,8 +92,8 @@ void gather_patches(const ConvShape& shape, const T* padded, size_t row, const P
                     T* dst) {
   const PaddedInput input(shape);
   const Runs runs(shape, input);
-  const size_t size = shape.num_taps() * input.channels, bytes = runs.size * sizeof(T);
-  const auto copy = bytes >= 16 && bytes <= 32 ? copy_runs<true, T> : copy_runs<false, T>;
+  const size_t size = shape.num_taps() * input.channels;
+  const auto copy = copy_of<T>(runs.size * sizeof(T));
   const size_t lines = shape.out[0] * shape.out[1];
   const size_t step = std::max<size_t>(1, kTaskElements / (row * shape.out[2]));
   parallel_for(parallel, ceil_div(lines, step), [&](size_t task) {

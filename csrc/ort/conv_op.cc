@@ -59,7 +59,7 @@ ConvOp::ConvOp(const KernelInfo& info)
     throw Error(kNotImplemented, "attribute k means " + std::to_string(base_.group_in()) +
                                      " channels per group, more than 65536");
   }
-  const bool planar = conv_is_planar(base_) && !(conv_is_depthwise(base_) && rounding_.scale > 0);
+  const bool planar = conv_is_planar(base_, rounding_.scale > 0);
   const bool integer_sums = rounding_.mode != Activations::kF32 && !planar;
   weight_ = read_weight(info, 1, tiles_of_tap(base_.group_in()), integer_sums);
 }

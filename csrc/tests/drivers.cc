@@ -144,7 +144,7 @@ struct ConvCase {
   template <typename Result>
   void run(const AfpqKernels& kernels, const ConvSource& src, const Result* residual,
            Result* dst) const {
-    const bool planar = conv_is_planar(shape) && !(conv_is_depthwise(shape) && rounding.scale > 0);
+    const bool planar = conv_is_planar(shape, rounding.scale > 0);
     const size_t multiple = shape.group_in() % kTileK == 0 ? shape.group_in() / kTileK : 1;
     const PackedWeight weight =
         stored.load(kernels, multiple, rounding.mode != Activations::kF32 && !planar);
@@ -204,7 +204,7 @@ void compare_byte_conv(Comparison* comparison, Checksum* checksum) {
       const Guarded<float> floats(random.numbers(num_in));
       const Guarded<uint8_t> residual(random.integers<uint8_t>(num_out, 1, 255));
       const ConvCase conv_case = {stored, shape, kRoundings[3], bias};
-      const bool on_floats = conv_is_planar(shape) && !conv_is_depthwise(shape);
+      const bool on_floats = conv_is_planar(shape, true);
       const ConvSource src = {on_floats ? floats.data() : nullptr,
                               on_floats ? nullptr : bytes.data()};
       for (const bool added : {false, true}) {
