@@ -7,6 +7,11 @@ Scratch& layer_scratch() {
   return scratch;
 }
 
+Scratch& strip_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
 Scratch& task_scratch() {
   thread_local Scratch scratch;
   return scratch;

@@ -42,8 +42,9 @@ class Scratch {
 };
 
 // One for the thread that runs a layer, one for each thread that runs its tasks (the same thread
-// may do both).
+// may do both), and one for what a task needs while it runs tasks of its own.
 Scratch& layer_scratch();
+Scratch& strip_scratch();
 Scratch& task_scratch();
 
 }  // namespace afpq

@@ -49,7 +49,9 @@ void conv_samples(const Conv& op, const ConvShape& shape, const ConvSource& src,
   const Products products = products_of(*op.kernels, op.rounding.mode, *op.weight);
   if (floats && conv_fits_pixels(op, shape, products))
     return conv_pixels(op, shape, products, src.floats, batch, dst, parallel);
-  conv_rows(op, shape, src, batch, dst, parallel);
+  // Channels that do not fill steps of k are copied into them.
+  const bool patches = shape.groups == 1 && shape.channels_in % kTileK != 0;
+  (patches ? conv_patches : conv_rows)(op, shape, src, batch, dst, parallel);
 }
 
 }  // namespace
@@ -83,6 +85,39 @@ void quantize_planes(const AfpqKernels& kernels, const Products& products,
     quantize.words = reinterpret_cast<int16_t*>(rows[0]) + begin * channels;
     transpose(src + begin, count, channels, std::min(step, count - begin), &quantize);
   });
+}
+
+GemmJob conv_job(const Conv& op, const ConvShape& shape, const Products& products,
+                 const ConvTarget& dst, const JobRange& range) {
+  const OutputUnit unit = {dst.bytes ? op.dst_rounding.scale : 1.0f};
+  const size_t sample = range.index * shape.channels_out * shape.num_out();
+  GemmJob job;
+  job.kernels = op.kernels;
+  job.weight = op.weight;
+  job.products = products;
+  job.low = unit(op.low);
+  job.high = unit(op.high);
+  const size_t row = sample + range.first * shape.channels_out + range.channel;
+  job.byte_rows.stride = shape.channels_out;
+  if (dst.residual) {
+    const RowQuantizer residual = static_quantizer(op.residual_rounding);
+    job.residual = {nullptr, dst.residual + row, residual.quantize.zero_point,
+                    unit(residual.scale)};
+  }
+  if (dst.bytes) {
+    job.byte_rows.bytes = dst.bytes + row;
+    job.byte_rows.quantize = step_quantizer(op.dst_rounding);
+  } else {
+    const size_t at = sample + range.channel * shape.num_out() + range.first;
+    job.dst = dst.floats + at;
+    if (dst.float_residual) job.residual.floats = dst.float_residual + at;
+    job.row_stride = 1;
+    job.channel_stride = shape.num_out();
+  }
+  job.m = range.count;
+  job.first_block = range.channel / kTileN;
+  job.n = range.channels;
+  return job;
 }
 
 bool conv_fits_depthwise(const Conv& op, const ConvShape& shape) {

@@ -46,12 +46,12 @@ inline bool conv_is_depthwise(const ConvShape& shape) {
 
 // Whether a convolution runs on float planes, which its attributes decide: groups do not fill tiles
 // of 16 channels, or their taps cannot be read in place, or there is so little to multiply (the
-// first layer of an image network) that looking for a range, rounding and gathering would cost more
-// than the products. `is_static`: what it reads has a static format.
+// first layer of an image network) that rounding and gathering would cost more than the products.
+// `is_static`: what it reads has a static format, so that there are bytes to multiply.
 inline bool conv_is_planar(const ConvShape& shape, bool is_static) {
-  if (shape.groups == 1) {
-    return !is_static && shape.channels_in < kTileK && shape.channels_in * shape.num_taps() <= 64;
-  }
+  const size_t few = is_static ? 16 : 64;
+  if (shape.groups == 1)
+    return shape.channels_in < kTileK && shape.channels_in * shape.num_taps() <= few;
   if (is_static && conv_is_depthwise(shape)) return false;
   return shape.group_out() % kTileN != 0 || shape.group_in() % kTileK != 0;
 }

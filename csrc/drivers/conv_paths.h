@@ -16,9 +16,22 @@ void quantize_planes(const AfpqKernels& kernels, const Products& products,
                      const RowQuantizer& quantizer, const float* src, size_t count, size_t channels,
                      uint8_t* const* rows, const Parallel& parallel);
 
-// Pixels as rows of elements: what no other path takes.
+// Pixels as rows of elements: what no other path takes. `conv_patches` copies the taps of a pixel
+// into one row, where there are no groups.
 void conv_rows(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
                const ConvTarget& dst, const Parallel& parallel);
+void conv_patches(const Conv& op, const ConvShape& shape, const ConvSource& src, size_t batch,
+                  const ConvTarget& dst, const Parallel& parallel);
+
+// The product whose rows are `count` pixels of a sample and whose columns are channels of output:
+// all but its lhs and bias.
+struct JobRange {
+  size_t index;         // of the sample
+  size_t first, count;  // pixels
+  size_t channel, channels;
+};
+GemmJob conv_job(const Conv& op, const ConvShape& shape, const Products& products,
+                 const ConvTarget& dst, const JobRange& range);
 
 // Whether a convolution is depthwise and runs on bytes; and its job then: rows of lhs are pixels
 // that hold all channels, and channel c of tap t meets step t of channel c.

@@ -10,7 +10,6 @@ namespace {
 
 constexpr size_t kPointers = 1024;  // to rows, at a time: 8 KB
 constexpr size_t kLeastRows = 24;   // of a task, for a panel to be worth its expansion
-constexpr size_t kTargetTasks = 8;  // enough for a few threads; the pool is not asked for its size
 
 size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps(); }
 
@@ -349,8 +348,8 @@ void gemm_of(const GemmJob& job, const Parallel& parallel) {
   }
   // Splits of rows differ by a block at most, or by a tile where there are few; an even number of
   // them suits two threads.
-  const bool odd = panels % 2 && panels < kTargetTasks;
-  const size_t most = std::max<size_t>(odd ? 2 : 1, kTargetTasks / panels);
+  const bool odd = panels % 2 && panels < job.num_tasks && job.num_tasks > 1;
+  const size_t most = std::max<size_t>(odd ? 2 : 1, job.num_tasks / panels);
   size_t splits = std::clamp<size_t>(job.m / kLeastRows, 1, most);
   if (splits > 1 && odd) splits += splits % 2;
   const size_t unit = job.m < 2 * splits * kBlockRows ? size_t{kMaxRows} : kBlockRows;

@@ -114,6 +114,7 @@ struct GemmJob {
   size_t m = 0;
   size_t first_block = 0;  // of the weight: a convolution's group starts here
   size_t n = 0;            // channels of this job
+  size_t num_tasks = 8;    // at most, where rows are split: enough for a few threads
 };
 
 void gemm(const GemmJob& job, const Parallel& parallel);

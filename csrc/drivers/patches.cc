@@ -7,8 +7,6 @@
 namespace afpq {
 namespace {
 
-constexpr size_t kTaskElements = size_t{1} << 15;
-
 // A few elements, which memmove would take longer to look at than to copy: kBytes to twice as many
 // bytes, in two steps that overlap; or any number, if that is 0.
 template <size_t kBytes, typename T>
@@ -79,43 +77,26 @@ void copy_line(const ConvShape& shape, const T* src, size_t channels, size_t z, 
 }
 
 template <typename T>
-void pad_input(const ConvShape& shape, const T* src, T padding, T* dst) {
-  const PaddedInput input(shape);
-  for (size_t z = 0; z < input.extent[0]; ++z) {
-    for (size_t y = 0; y < input.extent[1]; ++y, dst += input.extent[2] * input.channels)
-      copy_line(shape, src, input.channels, z, y, padding, dst);
-  }
-}
-
-template <typename T>
-void gather_patches(const ConvShape& shape, const T* padded, size_t row, const Parallel& parallel,
-                    T* dst) {
+void gather_patches(const ConvShape& shape, const T* padded, size_t row, T* dst) {
   const PaddedInput input(shape);
   const Runs runs(shape, input);
   const size_t size = shape.num_taps() * input.channels;
   const auto copy = copy_of<T>(runs.size * sizeof(T));
-  const size_t lines = shape.out[0] * shape.out[1];
-  const size_t step = std::max<size_t>(1, kTaskElements / (row * shape.out[2]));
-  parallel_for(parallel, ceil_div(lines, step), [&](size_t task) {
-    for (size_t line = task * step; line < std::min(lines, (task + 1) * step); ++line) {
-      const size_t z = line / shape.out[1] * shape.strides[0];
-      const size_t y = line % shape.out[1] * shape.strides[1];
-      const T* src = padded + (z * input.extent[1] + y) * input.extent[2] * input.channels;
-      T* to = dst + line * shape.out[2] * row;
-      for (size_t x = 0; x < shape.out[2]; ++x, to += row) {
-        copy(runs, src + x * shape.strides[2] * input.channels, to);
-        for (size_t i = size; i < row; ++i) to[i] = T{0};
+  for (size_t z = 0; z < shape.out[0]; ++z) {
+    for (size_t y = 0; y < shape.out[1]; ++y) {
+      const size_t line = z * shape.strides[0] * input.extent[1] + y * shape.strides[1];
+      const T* src = padded + line * input.extent[2] * input.channels;
+      for (size_t x = 0; x < shape.out[2]; ++x, dst += row) {
+        copy(runs, src + x * shape.strides[2] * input.channels, dst);
+        std::fill(dst + size, dst + row, T{0});
       }
     }
-  });
+  }
 }
 
 template void copy_line(const ConvShape&, const float*, size_t, size_t, size_t, float, float*);
-template void pad_input(const ConvShape&, const uint8_t*, uint8_t, uint8_t*);
-template void pad_input(const ConvShape&, const int16_t*, int16_t, int16_t*);
-template void pad_input(const ConvShape&, const float*, float, float*);
-template void gather_patches(const ConvShape&, const uint8_t*, size_t, const Parallel&, uint8_t*);
-template void gather_patches(const ConvShape&, const int16_t*, size_t, const Parallel&, int16_t*);
-template void gather_patches(const ConvShape&, const float*, size_t, const Parallel&, float*);
+template void gather_patches(const ConvShape&, const uint8_t*, size_t, uint8_t*);
+template void gather_patches(const ConvShape&, const int16_t*, size_t, int16_t*);
+template void gather_patches(const ConvShape&, const float*, size_t, float*);
 
 }  // namespace afpq

@@ -21,14 +21,8 @@ template <typename T>
 void copy_line(const ConvShape& shape, const T* src, size_t channels, size_t z, size_t y, T padding,
                T* dst);
 
-// The input [in...][channels_in] into the middle of `padding`: dst[num_elements()]. T: uint8_t,
-// int16_t or float.
-template <typename T>
-void pad_input(const ConvShape& shape, const T* src, T padding, T* dst);
-
 // One row for each output: [num_out][row], zero beyond the taps.
 template <typename T>
-void gather_patches(const ConvShape& shape, const T* padded, size_t row, const Parallel& parallel,
-                    T* dst);
+void gather_patches(const ConvShape& shape, const T* padded, size_t row, T* dst);
 
 }  // namespace afpq
