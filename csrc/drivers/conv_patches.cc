@@ -80,8 +80,8 @@ struct Workspace {
     using S = Scratch;
     const size_t element = job.products.element_bytes(), planes = job.products.lhs_planes;
     const size_t pixels = strip.num_out();
-    const size_t num_padded = PaddedInput(strip).num_elements() * element;
-    const size_t num_patches = pixels * job.patch * element;
+    const size_t num_padded = PaddedInput(strip).num_elements() * element + kPatchSlack;
+    const size_t num_patches = pixels * job.patch * element + kPatchSlack;
     Scratch& scratch = strip_scratch();
     scratch.reset(planes * (S::room<uint8_t>(num_padded) + S::room<uint8_t>(num_patches)) +
                   S::room<float>(pixels) + S::room<int32_t>(pixels));

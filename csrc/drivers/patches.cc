@@ -7,19 +7,6 @@
 namespace afpq {
 namespace {
 
-// A few elements, which memmove would take longer to look at than to copy: kBytes to twice as many
-// bytes, in two steps that overlap; or any number, if that is 0.
-template <size_t kBytes, typename T>
-void copy_few(const T* src, size_t count, T* dst) {
-  constexpr size_t kStep = kBytes / sizeof(T);
-  if constexpr (kStep == 0) {
-    std::copy(src, src + count, dst);
-  } else {
-    std::memcpy(dst, src, kBytes);
-    std::memcpy(dst + count - kStep, src + count - kStep, kBytes);
-  }
-}
-
 // Taps that lie next to each other: those of a row of the kernel, or single ones.
 struct Runs {
   std::vector<size_t> offsets;  // from the first tap, in elements
@@ -38,21 +25,18 @@ struct Runs {
   }
 };
 
-template <size_t kBytes, typename T>
+// In kSteps of 16 bytes, the last of which goes beyond a run: what follows is written later. 0: run
+// by run as long as it is.
+template <size_t kSteps, typename T>
 void copy_runs(const Runs& runs, const T* src, T* dst) {
   for (const size_t offset : runs.offsets) {
-    copy_few<kBytes>(src + offset, runs.size, dst);
+    if constexpr (kSteps == 0) {
+      std::copy(src + offset, src + offset + runs.size, dst);
+    } else {
+      std::memcpy(dst, src + offset, kSteps * 16);
+    }
     dst += runs.size;
   }
-}
-
-template <typename T>
-auto copy_of(size_t bytes) {
-  return bytes > 32    ? copy_runs<0, T>
-         : bytes >= 16 ? copy_runs<16, T>
-         : bytes >= 8  ? copy_runs<8, T>
-         : bytes >= 4  ? copy_runs<4, T>
-                       : copy_runs<0, T>;
 }
 
 }  // namespace
@@ -81,7 +65,8 @@ void gather_patches(const ConvShape& shape, const T* padded, size_t row, T* dst)
   const PaddedInput input(shape);
   const Runs runs(shape, input);
   const size_t size = shape.num_taps() * input.channels;
-  const auto copy = copy_of<T>(runs.size * sizeof(T));
+  const size_t bytes = runs.size * sizeof(T);
+  const auto copy = bytes <= 16 ? copy_runs<1, T> : bytes <= 32 ? copy_runs<2, T> : copy_runs<0, T>;
   for (size_t z = 0; z < shape.out[0]; ++z) {
     for (size_t y = 0; y < shape.out[1]; ++y) {
       const size_t line = z * shape.strides[0] * input.extent[1] + y * shape.strides[1];

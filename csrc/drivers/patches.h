@@ -21,6 +21,9 @@ template <typename T>
 void copy_line(const ConvShape& shape, const T* src, size_t channels, size_t z, size_t y, T padding,
                T* dst);
 
+// Bytes that may be read behind a padded input, and written behind patches.
+constexpr size_t kPatchSlack = 32;
+
 // One row for each output: [num_out][row], zero beyond the taps.
 template <typename T>
 void gather_patches(const ConvShape& shape, const T* padded, size_t row, T* dst);
