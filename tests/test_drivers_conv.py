@@ -72,6 +72,9 @@ LARGE = [
     (12, 24, 1, (1, 70, 60), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 35, 30)),
     (64, 40, 1, (1, 24, 24), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 24, 24)),
     (64, 40, 1, (1, 7, 90), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 7, 90)),
+    (3, 20, 1, (1, 75, 66), (1, 7, 7), (1, 2, 2), (1, 1, 1), (0, 3, 3), (1, 38, 33)),
+    (3, 66, 1, (1, 60, 80), (1, 5, 5), (1, 1, 3), (1, 1, 2), (0, 2, 4), (1, 60, 25)),
+    (2, 18, 1, (6, 24, 30), (3, 5, 3), (2, 1, 1), (1, 2, 1), (1, 4, 1), (3, 24, 30)),
 ]
 
 
@@ -187,7 +190,7 @@ def test_a_residual_is_added_as_an_operator_behind_would(isa, shape, text, activ
 
 
 @pytest.mark.parametrize(("activation_format", "scale"), STATIC)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
 def test_conv_rounds_activations_to_a_static_format(shape, activation_format, scale):
     channels, n, groups, size, kernel, strides, dilations, pads, out = shape
     rng = np.random.default_rng(12)

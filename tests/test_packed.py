@@ -100,6 +100,21 @@ def test_a_first_convolution_of_few_products_runs_planar(tmp_path: Path) -> None
     assert (layer.kernel, layer.input_format) == ("planar", "f32")
 
 
+def test_a_first_convolution_multiplies_bytes_of_a_static_format(tmp_path: Path) -> None:
+    nodes = [graphs.node("Conv", "x w", kernel_shape=[3, 3])]
+    model = graphs.build(nodes, {"x": ["N", 3, 9, 9]}, {"w": graphs.constant(16, 3, 3, 3)})
+    data = {"x": np.random.default_rng(0).standard_normal((24, 3, 9, 9)).astype(np.float32)}
+
+    packed = quantize(
+        graphs.write(tmp_path, model), data=data, bits=6, activations="a8", mode="quick"
+    )
+    packed.save(tmp_path / "packed.onnx")
+
+    layer = read_packed(tmp_path / "packed.onnx").layers[0]
+    assert layer.kernel == layer.format.kernel_class
+    assert layer.activation_format is not None and not layer.remark
+
+
 @pytest.mark.parametrize("group", [1, 2, 8])
 @pytest.mark.parametrize("channels", [8, 16, 32])
 @pytest.mark.parametrize("kernel", [1, 3])
