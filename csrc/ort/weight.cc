@@ -4,6 +4,7 @@
 #include <cstring>
 #include <sstream>
 
+#include "core/huge_pages.h"
 #include "kernels/dispatch.h"
 
 namespace afpq::ort {
@@ -123,6 +124,7 @@ PackedWeight read_weight(const KernelInfo& info, size_t index, size_t segment_mu
     if (!(s > 0) || !std::isfinite(s))
       throw Error(kInvalidArgument, "scale holds a value that is not positive and finite");
   }
+  use_huge_pages(data.data, bytes);
   PackedWeight weight;
   load_weight(kernels(), format, data.as<uint8_t>(), n, k, scales.data(), scales.size(),
               static_cast<size_t>(group_size), segment_multiple, integer_sums, &weight);
