@@ -78,6 +78,16 @@ def test_matmul_equals_the_float_op_with_decoded_weights(text, kind):
     np.testing.assert_array_equal(run(serialized, x=x), run(serialized, threads=1, x=x))
 
 
+def test_weights_of_megabytes_are_read_as_they_are():
+    # They are moved to pages of 2 MB when they are loaded: 4.8 MB hold one at least, wherever they begin.
+    fmt, rng = AfpFormat(2, 2), np.random.default_rng(1)
+    values, tensors = weight_tensors(rng.standard_normal((3000, 2560)).astype(np.float32), fmt)
+    x = rng.standard_normal((1, 2560)).astype(np.float32)
+    serialized = model("MatMul", tensors, {"x": [1, 2560]}, 2, format="e2m2", n=3000, k=2560)
+    expected = x.astype(np.float64) @ values.astype(np.float64).T
+    np.testing.assert_allclose(run(serialized, x=x), expected, atol=2e-2)
+
+
 CONVS = [
     ((3, 20, 1), dict(kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])),
     ((8, 16, 1), dict(kernel_shape=[3, 3], auto_pad="SAME_UPPER", strides=[2, 1])),
