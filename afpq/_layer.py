@@ -164,7 +164,10 @@ def takes_bytes(layer: Layer, fmt: AfpFormat) -> bool:
 
 
 def has_products(layer: Layer, static: bool = False) -> bool:
-    """Whether a layer is a matrix product or a convolution of dot products: its format decides how fast it is."""
+    """Whether a layer is a matrix product or a convolution of dot products: its format decides how fast it is.
+
+    `static` says that what it reads has a static format.
+    """
     if layer.kind not in ("matmul", "conv"):
         return False
     conv = layer.conv

@@ -33,7 +33,7 @@ from afpq.formats import AfpFormat
 from afpq.graph import Model, load_model
 from afpq.journal import Journal
 from afpq.plan import Plan, match_names, read_format
-from afpq.rates import product_seconds
+from afpq.rates import RATE_MODES, product_seconds
 from afpq.runtime import FloatModel
 
 __all__ = [
@@ -111,6 +111,7 @@ def search(
         mode: `quick` (one probe a layer, nearest rounding), `default`, or `best` (more probes, a second pass).
         rates: how fast formats multiply (`afpq.rates.read_rates`): the plan is the fastest, by its products, of those
             whose predicted loss is at most a tenth above the least; needs `stats`.
+        activations: the way to round activations that `rates` are of. With `a8` first layers count as well.
         threads: 0 means one per core; the plan is the same for any number.
         progress: is told the stage, what is done and how much there is.
         journal: keeps what was measured, should the run be stopped.
@@ -211,6 +212,10 @@ def _seconds(
     if stats is None:
         raise PlanError(
             "rates need calibration data: how often a layer multiplies is counted there"
+        )
+    if activations not in RATE_MODES:
+        raise PlanError(
+            f"there are no rates of activations {activations!r}, only of {', '.join(RATE_MODES)}"
         )
 
     def matters(layer: Layer) -> bool:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from afpq.bench import bench, node_shares, time_models
+from afpq.bench import _rounds, bench, node_shares, time_models
 from afpq.errors import DataError
 
 
@@ -40,6 +40,22 @@ def test_any_number_of_models_takes_turns(models, packed_lenet):
     expected = np.median(rounds.milliseconds[2] / rounds.milliseconds[0])
     assert rounds.ratio()[0] == pytest.approx(expected)
     assert rounds.shapes == {"input": (1, 1, 28, 28)}
+
+
+class Counted:
+    """A session that notes when it runs."""
+
+    def __init__(self, name, runs):
+        self.run = lambda *_: runs.append(name)
+
+
+@pytest.mark.parametrize(("warm", "turn"), [(True, "aabb"), (False, "ab")])
+def test_a_model_runs_before_the_run_that_counts(warm, turn):
+    runs = []
+    sessions = [Counted("a", runs), Counted("b", runs)]
+    times = _rounds(sessions, {}, 0, 4, 0.0, warm, None)
+    assert times.shape == (2, 4)
+    assert "".join(runs)[6:] == 4 * turn  # 3 before the first round
 
 
 def test_nodes_share_the_time_of_a_model(packed_lenet, tmp_path, monkeypatch):

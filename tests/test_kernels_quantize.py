@@ -11,9 +11,14 @@ from afpq.formats import AfpFormat, all_formats, magnitudes
 kernels = _core.kernels
 
 
-def bits_range(src: Array) -> tuple[int, int]:
-    """The definition: the largest of the bits of 0 and of all elements, as signed integers and as unsigned ones."""
-    return int(src.view(np.int32).max(initial=0)), int(src.view(np.uint32).max(initial=0))
+def find_range(isa: str, src: Array) -> tuple[np.float32, np.float32, bool]:
+    """Smallest and largest of the elements and 0, and whether all are finite, by the bits that the kernel finds."""
+    above, below = kernels.range_f32(isa, guarded(src))
+    # The definition: the largest of the bits of 0 and of all elements, as signed integers and as unsigned ones.
+    bits = int(src.view(np.int32).max(initial=0)), int(src.view(np.uint32).max(initial=0))
+    assert (above, below) == bits
+    high, low = np.array([above, below if below > 2**31 else 0], np.uint32).view(np.float32)
+    return low, high, above < 0x7F800000 and below < 0xFF800000
 
 
 @pytest.mark.parametrize("count", [*range(71), 200])
@@ -21,19 +26,23 @@ def test_range_spans_zero_and_all_elements(isa: str, count: int) -> None:
     src = floats(np.random.default_rng(count), count)
     for shift in (0, 10, -10):
         shifted = src + np.float32(shift)
-        above, below = kernels.range_f32(isa, guarded(shifted))
-        assert (above, below) == bits_range(shifted)
-        ends = np.array([above, max(below, 2**31)], np.uint32).view(np.float32)
-        assert tuple(ends) == (shifted.max(initial=0), shifted.min(initial=0))
+        low, high, finite = find_range(isa, shifted)
+        assert (low, high) == (shifted.min(initial=0), shifted.max(initial=0))
+        assert finite
 
 
-@pytest.mark.parametrize("special", [np.nan, -np.nan, np.inf, -np.inf, -0.0])
+@pytest.mark.parametrize("special", [np.nan, -np.nan, np.inf, -np.inf])
 def test_range_finds_a_special_value_wherever_it_is(isa: str, special: float) -> None:
     for count in (1, 8, 16, 17, 70, 130):
         for at in range(count):
             src = np.ones(count, np.float32)
             src[at] = special
-            assert kernels.range_f32(isa, guarded(src)) == bits_range(src), (count, at)
+            assert not find_range(isa, src)[2], (count, at)
+
+
+def test_range_of_negative_zeros_is_positive_zero(isa: str) -> None:
+    low, high, finite = find_range(isa, np.full(70, -0.0, np.float32))
+    assert not np.signbit(low) and not np.signbit(high) and finite
 
 
 # Beyond both ends, and many ties.

@@ -128,11 +128,13 @@ def test_time_counts_products_of_all_positions(
     for layer in lenet_model.layers:
         positions = lenet_stats[layer.name].count / lenet_stats.num_samples
         rate = product_seconds(RATES, costs.found[layer.weight_name][0].format)
-        planar = layer.conv is not None and layer.k <= most  # the first has one channel, 25 taps
+        planar = layer.conv is not None and layer.k * layer.groups <= most  # of one layer: 25
         expected = 0.0 if planar else layer.weight.size * positions * rate
         assert costs.seconds[layer.weight_name][0] == pytest.approx(expected)
     with pytest.raises(PlanError, match="rates need calibration data"):
         measure(lenet_model, rates=RATES)
+    with pytest.raises(PlanError, match="no rates of activations 'f32', only of a8, a16"):
+        measure(lenet_model, lenet_stats, rates=RATES, activations="f32")
 
 
 def test_doctor_writes_rates_that_quantize_takes(

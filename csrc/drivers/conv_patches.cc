@@ -34,23 +34,15 @@ struct Job {
         shape(conv_shape),
         products(products_of(*conv.kernels, conv.rounding.mode, *conv.weight)),
         unit{to_bytes ? conv.dst_rounding.scale : 1.0f},
-        patch(conv.weight->num_tiles * kTileK),
-        bias(bias_in_units()) {
+        patch(conv.weight->num_tiles * kTileK) {
+    layer_scratch().reset(Scratch::room<float>(shape.channels_out));
+    bias = in_units(op.bias, shape.channels_out, unit, &layer_scratch());
     const size_t row = shape.out[2] * patch * products.element_bytes() * products.lhs_planes;
     height = std::clamp<size_t>(kStripBytes / row, 1, shape.out[1]);
     const size_t items = batch * shape.out[0] * ceil_div(shape.out[1], height);
     height = strip_height(height, items, height * shape.out[2] * shape.channels_out * patch, 1);
     per_depth = ceil_div(shape.out[1], height);
     count = shape.out[0] * per_depth;
-  }
-
- private:
-  const float* bias_in_units() const {
-    if (!op.bias) return nullptr;
-    layer_scratch().reset(Scratch::room<float>(shape.channels_out));
-    float* result = layer_scratch().take<float>(shape.channels_out);
-    std::transform(op.bias, op.bias + shape.channels_out, result, unit);
-    return result;
   }
 };
 
@@ -167,11 +159,9 @@ void run_strip(const Job& job, const ConvSource& src, const RowQuantizer& quanti
     case Elements::kWords:
       make_rows<int16_t>(job, src, quantizer, strip, {static_cast<int16_t>(zero), 0}, work);
       break;
-    case Elements::kBytes: {
-      const auto low = static_cast<uint8_t>(zero & 255), high = static_cast<uint8_t>(zero >> 8);
-      const bool two = job.products.lhs_planes == 2;
-      make_rows<uint8_t>(job, src, quantizer, strip, {two ? high : low, low}, work);
-    }
+    case Elements::kBytes:
+      make_rows<uint8_t>(job, src, quantizer, strip,
+                         {quantizer.zero_byte(0), quantizer.zero_byte(1)}, work);
   }
   const ConvShape& shape = job.shape;
   const size_t pixels = strip.shape.num_out();

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/scratch.h"
 #include "drivers/conv.h"
 
 namespace afpq {
@@ -15,6 +16,16 @@ RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const floa
 void quantize_planes(const AfpqKernels& kernels, const Products& products,
                      const RowQuantizer& quantizer, const float* src, size_t count, size_t channels,
                      uint8_t* const* rows, const Parallel& parallel);
+
+// `count` numbers, or none if src is null, in units of the output, in scratch that has room for
+// them.
+inline const float* in_units(const float* src, size_t count, const OutputUnit& unit,
+                             Scratch* scratch) {
+  if (!src) return nullptr;
+  float* result = scratch->take<float>(count);
+  std::transform(src, src + count, result, unit);
+  return result;
+}
 
 // Pixels as rows of elements: what no other path takes. `conv_patches` copies the taps of a pixel
 // into one row, where there are no groups.

@@ -65,7 +65,7 @@ struct Sample {
   uint8_t* padding[2] = {nullptr, nullptr};  // [channels of a group]
   float* row_scales = nullptr;               // [num_out], in output units
   int32_t* zero_points = nullptr;
-  float* bias = nullptr;  // [channels_out], in output units
+  const float* bias = nullptr;  // [channels_out], in output units
 };
 
 Sample allocate_sample(const Job& job) {
@@ -85,10 +85,7 @@ Sample allocate_sample(const Job& job) {
   }
   sample.row_scales = scratch.take<float>(shape.num_out());
   sample.zero_points = scratch.take<int32_t>(shape.num_out());
-  if (const float* bias = job.op.bias) {
-    sample.bias = scratch.take<float>(shape.channels_out);
-    std::transform(bias, bias + shape.channels_out, sample.bias, job.unit);
-  }
+  sample.bias = in_units(job.op.bias, shape.channels_out, job.unit, &scratch);
   return sample;
 }
 
@@ -138,10 +135,8 @@ void fill_rows(const Job& job, const ConvSource& src, size_t index, Sample* samp
   std::fill(sample->zero_points, sample->zero_points + count, zero);
   if (job.products.elements == Elements::kWords)
     return fill_padding(job, 0, static_cast<int16_t>(zero), *sample);
-  for (int p = 0; p < job.products.lhs_planes; ++p) {
-    const bool high = p == 0 && job.products.lhs_planes == 2;
-    fill_padding(job, p, static_cast<uint8_t>(high ? zero >> 8 : zero & 255), *sample);
-  }
+  for (int p = 0; p < job.products.lhs_planes; ++p)
+    fill_padding(job, p, quantizer.zero_byte(p), *sample);
 }
 
 // The product of one group of one sample, from its first output channel on.

@@ -131,6 +131,11 @@ struct RowQuantizer {
     const bool centred = elements == Elements::kWords && quantize.num_planes == 2;
     return quantize.zero_point - (centred ? 32768 : 0);
   }
+  // Of bytes, in each plane.
+  uint8_t zero_byte(int plane) const {
+    const bool high = plane == 0 && quantize.num_planes == 2;
+    return static_cast<uint8_t>(high ? quantize.zero_point >> 8 : quantize.zero_point & 255);
+  }
 };
 RowQuantizer row_quantizer(const LhsRounding& rounding, const AfpqRange& range);
 

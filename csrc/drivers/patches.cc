@@ -45,18 +45,17 @@ PaddedInput::PaddedInput(const ConvShape& shape) : channels(shape.channels_in) {
   for (int axis = 0; axis < 3; ++axis) extent[axis] = shape.num_reached(axis);
 }
 
-template <typename T>
-void copy_line(const ConvShape& shape, const T* src, size_t channels, size_t z, size_t y, T padding,
-               T* dst) {
+void copy_line(const ConvShape& shape, const float* src, size_t channels, size_t z, size_t y,
+               float padding, float* dst) {
   const auto outside = [&](size_t at, int axis) { return at - shape.pads[axis] >= shape.in[axis]; };
   const size_t width = shape.num_reached(2);
   if (outside(z, 0) || outside(y, 1)) return std::fill(dst, dst + width * channels, padding);
   const size_t line = (z - shape.pads[0]) * shape.in[1] + y - shape.pads[1];
   const size_t begin = std::min(shape.pads[2], width);
   const size_t count = std::min(shape.in[2], width - begin);
-  T* middle = dst + begin * channels;
+  float* middle = dst + begin * channels;
   std::fill(dst, middle, padding);
-  std::memcpy(middle, src + line * shape.in[2] * channels, count * channels * sizeof(T));
+  std::memcpy(middle, src + line * shape.in[2] * channels, count * channels * sizeof(float));
   std::fill(middle + count * channels, dst + width * channels, padding);
 }
 
@@ -79,7 +78,6 @@ void gather_patches(const ConvShape& shape, const T* padded, size_t row, T* dst)
   }
 }
 
-template void copy_line(const ConvShape&, const float*, size_t, size_t, size_t, float, float*);
 template void gather_patches(const ConvShape&, const uint8_t*, size_t, uint8_t*);
 template void gather_patches(const ConvShape&, const int16_t*, size_t, int16_t*);
 template void gather_patches(const ConvShape&, const float*, size_t, float*);

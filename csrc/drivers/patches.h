@@ -17,9 +17,8 @@ struct PaddedInput {
 
 // One line of an input [in...][channels] with its padding: num_reached(2) pixels. z and y count
 // from where the padding begins.
-template <typename T>
-void copy_line(const ConvShape& shape, const T* src, size_t channels, size_t z, size_t y, T padding,
-               T* dst);
+void copy_line(const ConvShape& shape, const float* src, size_t channels, size_t z, size_t y,
+               float padding, float* dst);
 
 // Bytes that may be read behind a padded input, and written behind patches.
 constexpr size_t kPatchSlack = 32;

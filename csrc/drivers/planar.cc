@@ -263,13 +263,8 @@ PlanarEnd::PlanarEnd(const Conv& op, size_t channels, bool to_bytes)
   const OutputUnit unit = {op.dst_rounding.scale};
   Scratch& scratch = layer_scratch();
   scratch.reset(2 * Scratch::room<float>(channels));
-  const auto in_units = [&](const float* from) {
-    float* result = scratch.take<float>(channels);
-    std::transform(from, from + channels, result, unit);
-    return result;
-  };
-  scales = in_units(scales);
-  if (bias) bias = in_units(bias);
+  scales = in_units(scales, channels, unit, &scratch);
+  bias = in_units(bias, channels, unit, &scratch);
   low = unit(low);
   high = unit(high);
 }

@@ -295,7 +295,7 @@ void range_f32_avx2(const float* src, size_t count, AfpqRange* range) {
   }
 }
 
-// P[q] of kernels.h for up to 8 channels from c.
+// P[q] of arguments.h for up to 8 channels from c.
 template <int kLhsPlanes>
 [[gnu::always_inline]] inline __m256 plane_sum(const AfpqCombine& args, int q, size_t r, size_t c) {
   const size_t count = args.num_channels - c;

@@ -1,5 +1,5 @@
-// The scalar kernel table: the reference in C++. Plain loops over the definitions in kernels.h, for
-// any processor.
+// The scalar kernel table: the reference in C++. Plain loops over the definitions in kernels.h and
+// arguments.h, for any processor.
 #include <math.h>
 #include <string.h>
 
@@ -215,7 +215,7 @@ void transpose_f32_scalar(const float* src, size_t src_stride, size_t num_channe
   }
 }
 
-// S[q][p] of kernels.h as float. Unsigned arithmetic wraps where a step, not the result, would
+// S[q][p] of arguments.h as float. Unsigned arithmetic wraps where a step, not the result, would
 // leave int32.
 float shifted_sum(const AfpqCombine& args, int q, int p, size_t r, size_t c) {
   const int32_t zero_point = args.zero_points[r];
