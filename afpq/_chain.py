@@ -1,4 +1,4 @@
-"""Lets convolutions add residuals, and pass bytes to each other: tensors with a static format are stored in it,
+"""Lets layers add residuals, and convolutions pass bytes to each other: tensors with a static format are stored in it,
 channels last.
 
 A residual of floats is added as the Add did, to the last bit. A tensor becomes bytes if what makes it can write them
@@ -28,10 +28,10 @@ _POOL_FIELDS = ("kernel_shape", "strides", "pads", "dilations", "auto_pad", "cei
 
 @dataclass(frozen=True)
 class Residual:
-    """An Add of what a convolution made, and nothing else reads, and of another tensor; then perhaps a clip."""
+    """An Add of what a layer made, and nothing else reads, and of another tensor; then perhaps a clip."""
 
     add: ir.Node
-    conv: ir.Node
+    layer: ir.Node
     position: int  # of the other tensor among the inputs of the Add
     clip: Clip | None
 
@@ -43,15 +43,15 @@ class Residual:
 
     @property
     def nodes(self) -> list[ir.Node]:
-        return [self.conv, self.add, *([] if self.clip is None else [self.clip.node])]
+        return [self.layer, self.add, *([] if self.clip is None else [self.clip.node])]
 
     @property
     def end(self) -> ir.Value:
         return self.nodes[-1].outputs[0]
 
 
-def find_residuals(graph: ir.Graph, convs: Set[str]) -> Iterator[Residual]:
-    """Residuals behind convolutions, in the order of the nodes; `convs` names the tensors that these make.
+def find_residuals(graph: ir.Graph, made: Set[str]) -> Iterator[Residual]:
+    """Residuals behind layers, in the order of the nodes; `made` names the tensors that these make.
 
     Only where both shapes are known (`with_shapes`) and equal: nothing is broadcast.
     """
@@ -63,22 +63,23 @@ def find_residuals(graph: ir.Graph, convs: Set[str]) -> Iterator[Residual]:
         found = []
         for position, other in enumerate(add.inputs):
             value = add.inputs[1 - position]
-            if value is None or other is None or value.name not in convs:
+            if value is None or other is None or value.name not in made:
                 continue
             node = value.producer()
             if len(value.uses()) == 1 and not value.is_graph_output() and node in order:
                 found.append((order[node], node, position))
         if found:
-            _, conv, position = max(found, key=lambda item: item[0])
-            residual = Residual(add, conv, position, find_clip(graph, constants, add.outputs[0]))
-            if residual.other.producer() in order and same_shape(conv.outputs[0], residual.other):
+            _, layer, position = max(found, key=lambda item: item[0])
+            residual = Residual(add, layer, position, find_clip(graph, constants, add.outputs[0]))
+            if residual.other.producer() in order and same_shape(layer.outputs[0], residual.other):
                 yield residual
 
 
 def add_residuals(graph: ir.Graph) -> None:
-    """Gives residuals of floats to the convolutions before them, with the clip behind. Nodes are as in `pass_bytes`."""
-    convs = {n.outputs[0].name or "" for n in graph if _is_conv(n) and _has_open_end(n)}
-    for residual in list(find_residuals(graph, convs)):
+    """Gives residuals of floats to the layers before them, with the clip behind. Nodes are as in `pass_bytes`."""
+    layers = [n for n in graph if _is_conv(n) or _is_matmul(n)]
+    made = {n.outputs[0].name or "" for n in layers if _has_open_end(n)}
+    for residual in list(find_residuals(graph, made)):
         _replace(graph, residual.nodes, _with_residual(residual, {}))
 
 
@@ -235,10 +236,10 @@ class _Chain:
 
 
 def _with_residual(residual: Residual, fields: Mapping[str, str | float]) -> ir.Node:
-    """The convolution, to be where the Add is, with its residual and its clip."""
-    conv = residual.conv
-    inputs = [*conv.inputs, *[None] * (4 - len(conv.inputs)), residual.other]
-    new = ir.Node("afpq", "Conv", inputs, list(conv.attributes.values()), name=conv.name)
+    """The layer, to be where the Add is, with its residual and its clip."""
+    old = residual.layer
+    inputs = [*old.inputs, *[None] * (4 - len(old.inputs)), residual.other]
+    new = ir.Node("afpq", old.op_type, inputs, list(old.attributes.values()), name=old.name)
     for name, value in {**clip_fields(residual.clip), **fields}.items():
         new.attributes[name] = (
             ir.AttrString(name, value) if isinstance(value, str) else ir.AttrFloat32(name, value)
@@ -260,8 +261,12 @@ def _is_conv(node: ir.Node) -> bool:
     return node.domain == "afpq" and node.op_type == "Conv"
 
 
+def _is_matmul(node: ir.Node) -> bool:
+    return node.domain == "afpq" and node.op_type == "MatMul"
+
+
 def _has_open_end(node: ir.Node) -> bool:
-    """Whether something may be added to what a convolution makes."""
+    """Whether something may be added to what a layer makes."""
     return len(node.inputs) < 5 and not {"clip_min", "clip_max"} & set(node.attributes)
 
 

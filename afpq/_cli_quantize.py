@@ -108,7 +108,7 @@ def _patterns(flag: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--chain/--no-chain",
     default=True,
-    help="Convolutions add residuals and, with --calib and --activations a8, pass bytes to each other (default).",
+    help="Layers add residuals and, with --calib and --activations a8, convolutions pass bytes on (default).",
 )
 @click.option(
     "--bn-recal/--no-bn-recal",

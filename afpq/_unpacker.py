@@ -138,8 +138,8 @@ class Unpacker:
             fields = {n: node.attributes[n].value for n in _CONV_FIELDS if n in node.attributes}
             inputs = [node.inputs[0], weight, _bias(node)]
             new = [ir.node("Conv", inputs if inputs[2] is not None else inputs[:2], fields)]
-            if layer.adds_residual:
-                new.append(ir.node("Add", [new[0].outputs[0], node.inputs[4]]))
+        if layer.adds_residual:
+            new.append(ir.node("Add", [new[-1].outputs[0], node.inputs[4]]))
         new += self._clip(node, new[-1].outputs[0])
         self._swap(node, new)
 
@@ -165,7 +165,9 @@ class Unpacker:
         for index, part in enumerate(new):
             part.name = node.name
             if node.name and index > 0:
-                part.name = f"{node.name}.{part.op_type.lower()}"
+                kind = part.op_type.lower()
+                number = [other.op_type for other in new[1:index]].count(part.op_type) + 1
+                part.name = f"{node.name}.{kind}" if number == 1 else f"{node.name}.{kind}{number}"
             if part is not new[-1]:
                 part.outputs[0].name = self._fresh(f"{before.name}_o{index}")
         after.name, after.type, after.shape = before.name, before.type, before.shape

@@ -61,8 +61,8 @@ def rewrite(
     """The packed model; layers whose weight_name is not in `tensors` stay float. `model` is not changed.
 
     `biases` ([n] by layer name) replace the layers' own, `constants` other initializers of the same shape, by name.
-    With `activations` a8, the plan's static activation formats are written. With `chain` convolutions add residuals,
-    and pass tensors to each other in these formats. The same arguments give the same bytes.
+    With `activations` a8, the plan's static activation formats are written. With `chain` layers add residuals, and
+    convolutions pass tensors to each other in these formats. The same arguments give the same bytes.
 
     Raises:
         PlanError: a name, a shape or the activation mode does not exist.
@@ -72,7 +72,6 @@ def rewrite(
     clone = model.ir.clone()
     set_constants(clone.graph, constants or {})
     static = {e.tensor: e for e in plan.activations or ()} if activations == "a8" else {}
-    chain = chain and any(layer.kind == "conv" for layer in model.layers)
     if chain:
         clone = with_shapes(clone)
     emitter = Emitter(clone.graph, tensors, activations, static)

@@ -202,6 +202,42 @@ def test_residuals_of_floats_change_no_bit(tmp_path: Path, activations: str, gro
     assert [n.op_type for n in onnx.load(exported).graph.node].count("Add") == 3
 
 
+@pytest.mark.parametrize("activations", ["a16", "a8", "f32"])
+def test_products_add_residuals_too(tmp_path: Path, activations: str) -> None:
+    """As in a transformer: a bias, a residual; what is broadcast or of an unknown extent stays an Add."""
+    size = 32
+    nodes = [
+        graphs.node("Relu", "x", "x0"), graphs.node("MatMul", "x0 w", "a"), graphs.node("Add", "a b", "a0"),
+        graphs.node("Add", "x0 a0", "s"), graphs.node("MatMul", "s v", "c"), graphs.node("Add", "c s", "t"),
+        graphs.node("Relu", "t", "t0"), graphs.node("MatMul", "t0 w", "d"), graphs.node("Add", "d z", "y"),
+    ]  # fmt: skip
+    constants = {
+        "w": graphs.constant(size, size, seed=1) / np.float32(size),
+        "v": graphs.constant(size, size, seed=2) / np.float32(size),
+        "b": graphs.constant(size, seed=3),
+    }
+    inputs = {"x": ["N", "T", size], "z": ["M", "T", size]}
+    source = graphs.write(tmp_path, graphs.build(nodes, inputs, constants))
+    rng = np.random.default_rng(0)
+    feeds = {n: rng.standard_normal((2, 5, size)).astype(np.float32) for n in inputs}
+    found = []
+    for chain in (True, False):
+        path = tmp_path / f"chain_{chain}.onnx"
+        afpq.quantize(source, chain=chain, activations=activations).save(path)
+        found.append(afpq.load(path).session(threads=1).run(None, feeds)[0])
+    np.testing.assert_array_equal(*found)
+    assert all(finding.passed for finding in verify(tmp_path / "chain_True.onnx"))
+
+    packed = onnx.load(tmp_path / "chain_True.onnx").graph.node
+    assert [n.op_type for n in packed] == ["Relu", "MatMul", "MatMul", "MatMul", "Add"]
+    assert [list(n.input)[4:] for n in packed[1:4]] == [["x0"], ["s"], []]
+    fields = [{a.name: a.f for a in n.attribute if a.name.startswith("clip")} for n in packed[1:4]]
+    assert fields == [{}, {"clip_min": 0.0}, {}]
+    exported = tmp_path / "float.onnx"
+    export(tmp_path / "chain_True.onnx", to="float").save(exported)
+    assert [n.op_type for n in onnx.load(exported).graph.node].count("Add") == 4
+
+
 def test_what_is_no_residual_stays_an_add(tmp_path: Path) -> None:
     """Behind a clip, broadcast, of a tensor that others read too, of one that is the network's output."""
     pool = graphs.node("GlobalMaxPool", "b", "p")

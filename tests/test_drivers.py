@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from driver_cases import PLANES, STATIC, check_everywhere, quantized, rounded_rows
-from kernel_arrays import INF
+from kernel_arrays import INF, clamp
 
 from afpq import _core
 from afpq.formats import AfpFormat, codebook, decode, encode, fake_quantize, round_scale
@@ -27,9 +27,23 @@ def run_matmul(
     group_size=0,
     low=-INF,
     high=INF,
+    residual=None,
 ):
     return _core.matmul(
-        isa, threads, x, data, str(fmt), n, k, scale, group_size, bias, activations, low, high
+        isa,
+        threads,
+        x,
+        data,
+        str(fmt),
+        n,
+        k,
+        scale,
+        group_size,
+        bias,
+        activations,
+        low,
+        high,
+        residual=residual,
     )
 
 
@@ -155,6 +169,27 @@ def test_matmul_applies_one_scale_a_group_of_k(isa, activations):
     rows = rounded_rows(x, PLANES[activations])
     bound = (k + 8) * 2.0**-24 * (np.abs(rows) @ np.abs(weight).T)
     assert (np.abs(y - rows @ weight.T) <= bound).all()
+
+
+@pytest.mark.parametrize("m", [1, 7, 53])
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("text", ["e2m1", "e3m3", "e4m1"])
+@pytest.mark.parametrize("activations", ["f32", "a8", "a16"])
+def test_matmul_adds_a_residual_as_an_operator_behind_would(isa, activations, text, group_size, m):
+    rng = np.random.default_rng(16)
+    fmt, n, k = AfpFormat.parse(text), 75, 130
+    data, scale, _, _ = quantized(rng, n, k, fmt, groups=5 if group_size else 1)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    residual = rng.standard_normal((m, n)).astype(np.float32)
+    residual[-1, -1] = np.nan
+    options = dict(activations=activations, bias=bias, group_size=group_size)
+
+    expected = clamp(run_matmul(isa, x, data, fmt, n, k, scale, **options) + residual, -0.5, 2.0)
+    for threads in (1, 2):
+        options |= dict(threads=threads, low=-0.5, high=2.0, residual=residual)
+        y = run_matmul(isa, x, data, fmt, n, k, scale, **options)
+        np.testing.assert_array_equal(y, expected)
 
 
 def test_sums_over_a_very_long_k_do_not_overflow(isa):

@@ -170,7 +170,7 @@ def test_gather_decodes_the_rows_it_picks(element):
     values, tensors = weight_tensors(
         np.random.default_rng(2).standard_normal((40, 21)).astype(np.float32), AfpFormat(2, 3)
     )
-    indices = np.array([[0, 39, -1], [-40, 7, 7]])
+    indices = np.array([[0, 39, -1], [-40, 7, 7], [-33, 7, 0]])
     dtype = helper.tensor_dtype_to_np_dtype(element)
     serialized = model(
         "Gather", tensors, {"x": [None, None]}, 3, element=element, format="e2m3", n=40, k=21
@@ -239,6 +239,34 @@ def test_an_input_of_the_wrong_shape_is_an_error():
     serialized = model("MatMul", tensors, {"x": [None, None]}, 2, format="e2m1", n=16, k=16)
     with pytest.raises(Exception, match=r"X has shape \[2, 15\], its last axis must be k = 16"):
         run(serialized, x=np.zeros((2, 15), np.float32))
+
+
+def test_matmul_adds_a_residual_of_its_own_shape_only():
+    values, tensors = weight_tensors(np.eye(16, dtype=np.float32), AfpFormat(2, 1))
+    node = helper.make_node(
+        "MatMul", ["x", "w", "s", "", "r"], ["y"], name="the_node", domain="afpq",
+        format="e2m1", n=16, k=16, activations="f32", clip_min=0.0,
+    )  # fmt: skip
+    shape = [None, None, 16]
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xr"],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        tensors,
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("afpq", 1)]
+    added = session(
+        helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    )
+    x, r = np.random.default_rng(0).standard_normal((2, 2, 3, 16)).astype(np.float32)
+
+    expected = np.maximum(x @ values.T + r, np.float32(0))
+    np.testing.assert_allclose(added.run(None, {"x": x, "r": r})[0], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        Exception, match=r"the_node.*residual has shape \[1, 3, 16\], needs \[2, 3, 16\]"
+    ):
+        added.run(None, {"x": x, "r": r[:1]})
 
 
 def test_an_empty_batch_gives_an_empty_result():

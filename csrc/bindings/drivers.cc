@@ -116,7 +116,8 @@ std::optional<Result> run_matmul(const std::string& isa, size_t threads, Floats 
                                  size_t group_size, std::optional<Floats> bias,
                                  const std::string& activations, float low, float high,
                                  const std::string& activation_format, float activation_scale,
-                                 std::optional<Sums> sums, std::optional<Out> out) {
+                                 std::optional<Sums> sums, std::optional<Out> out,
+                                 std::optional<Floats> residual) {
   if (lhs.ndim() != 2 || lhs.shape(1) != k) throw std::invalid_argument("lhs must be [m, k]");
   const AfpqKernels& kernels = table(isa);
   const afpq::LhsRounding rounding = rounding_of(activations, activation_format, activation_scale);
@@ -127,9 +128,12 @@ std::optional<Result> run_matmul(const std::string& isa, size_t threads, Floats 
   const afpq::Matmul op{&kernels, &weight, rounding, bias_of(bias, n), low, high};
   const float* data_in = lhs.data();
   const size_t m = lhs.shape(0);
+  if (residual && residual->size() != m * n)
+    throw std::invalid_argument("residual does not fit the result");
+  const float* added = residual ? residual->data() : nullptr;
   {
     nb::gil_scoped_release release;
-    matmul(op, data_in, m, result.data, pool.parallel());
+    matmul(op, data_in, m, added, result.data, pool.parallel());
   }
   return std::move(result.made);
 }
@@ -248,7 +252,7 @@ void bind_drivers(nb::module_& module) {
   module.def("matmul", &run_matmul, "isa"_a, "threads"_a, "lhs"_a, "data"_a, "format"_a, "n"_a,
              "k"_a, "scales"_a, "group_size"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a,
              "activation_format"_a = "", "activation_scale"_a = 0.0f, "sums"_a = nb::none(),
-             "out"_a = nb::none());
+             "out"_a = nb::none(), "residual"_a = nb::none());
   module.def("conv", &run_conv, "isa"_a, "threads"_a, "x"_a, "data"_a, "format"_a, "n"_a, "k"_a,
              "scales"_a, "bias"_a.none(), "activations"_a, "low"_a, "high"_a, "groups"_a,
              "kernel"_a, "strides"_a, "dilations"_a, "pads"_a, "extent"_a,

@@ -19,10 +19,18 @@ bool gather(const PackedWeight& weight, const int64_t* indices, size_t count, fl
     }
   }
   const size_t step = std::max<size_t>(1, kTaskElements / weight.k);
+  const auto row_at = [&](size_t i) {
+    return static_cast<size_t>(indices[i] < 0 ? indices[i] + n : indices[i]);
+  };
   parallel_for(parallel, ceil_div(count, step), [&](size_t task) {
-    for (size_t i = task * step; i < std::min(count, (task + 1) * step); ++i) {
-      decode_row(weight, static_cast<size_t>(indices[i] < 0 ? indices[i] + n : indices[i]),
-                 dst + i * weight.k);
+    const size_t begin = task * step, end = std::min(count, begin + step);
+    for (size_t i = begin; i < end; ++i) {
+      float* row = dst + i * weight.k;
+      if (i > begin && row_at(i) == row_at(i - 1)) {  // token types, padding
+        std::copy(row - weight.k, row, row);
+        continue;
+      }
+      decode_row(weight, row_at(i), row);
     }
   });
   return true;

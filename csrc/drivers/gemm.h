@@ -66,7 +66,7 @@ struct LhsRows {
 };
 
 // What is added to a product before it is clamped: bytes of a static format, in rows as wide as
-// those of byte_rows, or floats that lie like dst, in planes.
+// those of byte_rows, or floats that lie like dst.
 struct Residual {
   const float* floats = nullptr;   // of the first channel of the job
   const uint8_t* bytes = nullptr;  // the same

@@ -13,7 +13,8 @@ constexpr size_t kTaskElements = size_t{1}
 
 }  // namespace
 
-void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Parallel& parallel) {
+void matmul(const Matmul& op, const float* lhs, size_t m, const float* residual, float* dst,
+            const Parallel& parallel) {
   const PackedWeight& weight = *op.weight;
   const size_t k = weight.k, padded = weight.num_tiles * kTileK;
   const Products products = products_of(*op.kernels, op.rounding.mode, weight, m);
@@ -69,6 +70,7 @@ void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Para
   job.low = op.low;
   job.high = op.high;
   job.dst = dst;
+  job.residual.floats = residual;
   job.row_stride = weight.n;
   job.channel_stride = 1;
   job.m = m;

@@ -1,5 +1,5 @@
-// dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T + bias), rows of lhs rounded on the way in as
-// `rounding` says.
+// dst[m, n] = clamp(lhs[m, k] * weight[n, k]^T + bias + residual), rows of lhs rounded on the way
+// in as `rounding` says.
 #pragma once
 
 #include "drivers/gemm.h"
@@ -14,7 +14,8 @@ struct Matmul {
   float low, high;
 };
 
-// lhs: [m, k] and dst: [m, n], both contiguous.
-void matmul(const Matmul& op, const float* lhs, size_t m, float* dst, const Parallel& parallel);
+// lhs: [m, k]; residual, or null, and dst: [m, n]; all contiguous.
+void matmul(const Matmul& op, const float* lhs, size_t m, const float* residual, float* dst,
+            const Parallel& parallel);
 
 }  // namespace afpq

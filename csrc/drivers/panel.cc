@@ -27,12 +27,14 @@ AfpqStore store_of(const GemmJob& job, const Panel& panel, size_t first, size_t 
           clamps ? job.high : kInfinity};
 }
 
-// A residual of floats, to what has been stored.
+// A residual of floats, to what has been stored: runs of rows, or of channels.
 void add_residual(const GemmJob& job, const Panel& panel, size_t first, size_t count) {
   if (!job.residual.floats) return;
   const size_t at = dst_at(job, panel, first);
-  job.kernels->add_clamp_f32(job.residual.floats + at, job.channel_stride, panel.num_channels,
-                             count, job.low, job.high, job.dst + at);
+  const bool planes = job.row_stride == 1;
+  job.kernels->add_clamp_f32(job.residual.floats + at, planes ? job.channel_stride : job.row_stride,
+                             planes ? panel.num_channels : count,
+                             planes ? count : panel.num_channels, job.low, job.high, job.dst + at);
 }
 
 // To bytes, or with a residual in place.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 
 namespace afpq {
@@ -152,20 +153,44 @@ void load_weight(const AfpqKernels& kernels, const Format& format, const uint8_t
   if (integer_sums) sum_columns(kernels, weight);
 }
 
-// A tile holds 4 codes of each channel next to each other, which begin at a byte or in its middle.
+namespace {
+
+// At least `num_bytes` bytes from src on, the first the lowest; none beyond `end`.
+uint64_t load_codes(const uint8_t* src, size_t num_bytes, const uint8_t* end) {
+  uint64_t codes = 0;
+  if (end - src >= static_cast<ptrdiff_t>(sizeof codes)) {
+    std::memcpy(&codes, src, sizeof codes);
+  } else {
+    std::memcpy(&codes, src, num_bytes);
+  }
+  return codes;
+}
+
+}  // namespace
+
 void decode_row(const PackedWeight& weight, size_t row, float* dst) {
+  // A tile holds 4 codes of each channel next to each other, which begin at a byte or in its
+  // middle.
   const unsigned bits = weight.format.bits();
   const size_t at = row % kTileN * kTileK * bits, shift = at % 8;
   const size_t num_bytes = ceil_div(shift + kTileK * bits, 8), width = weight.num_blocks * kTileN;
-  const uint8_t* src = weight.block(row / kTileN) + at / 8;
-  for (size_t step = 0; step < weight.k; step += kTileK, src += weight.tile_bytes) {
-    const size_t group = weight.group_size ? step / weight.group_size : 0;
-    const float scale = weight.scales[group * width + row];
-    uint64_t codes = 0;
-    for (size_t i = 0; i < num_bytes; ++i) codes |= uint64_t{src[i]} << (8 * i);
-    codes >>= shift;
-    for (size_t i = 0; i < std::min<size_t>(kTileK, weight.k - step); ++i, codes >>= bits)
-      dst[step + i] = weight.tables.value[codes & 255] * scale;
+  const uint8_t *src = weight.block(row / kTileN) + at / 8, *end = weight.block(weight.num_blocks);
+  const float* values = weight.tables.value;
+  const size_t size = weight.group_size ? weight.group_size : weight.k;
+  for (size_t begin = 0; begin < weight.k; begin += size) {
+    const float scale = weight.scales[begin / size * width + row];
+    const size_t last = std::min(begin + size, weight.k);
+    for (size_t step = begin; step < last; step += kTileK, src += weight.tile_bytes) {
+      const uint64_t codes = load_codes(src, num_bytes, end) >> shift;
+      const size_t count = std::min<size_t>(kTileK, last - step);
+      if (count == kTileK) {
+        for (size_t i = 0; i < kTileK; ++i)
+          dst[step + i] = values[codes >> (i * bits) & 255] * scale;
+      } else {
+        for (size_t i = 0; i < count; ++i)
+          dst[step + i] = values[codes >> (i * bits) & 255] * scale;
+      }
+    }
   }
 }
 

@@ -127,9 +127,9 @@ typedef struct AfpqKernels {
   void (*store_u8_f32)(const AfpqStoreBytes* s);
   void (*finish_u8_s32)(const AfpqFinish* f);
 
-  // A residual behind what store_f32, finish_f32_s32, gemm_pixels or planar_f32 wrote to planes:
-  // dst[c * stride + i] = clamp(dst[c * stride + i] + src[c * stride + i]), c < num_channels, i <
-  // count.
+  // A residual behind what store_f32, finish_f32_s32, gemm_pixels or planar_f32 wrote, to planes
+  // or, for channels read rows, to rows: dst[c * stride + i] = clamp(dst[c * stride + i] + src[c *
+  // stride + i]), c < num_channels, i < count.
   void (*add_clamp_f32)(const float* src, size_t stride, size_t num_channels, size_t count,
                         float low, float high, float* dst);
 

@@ -92,11 +92,7 @@ void ConvOp::read_residual(const KernelContext& context, const ConvShape& shape,
     throw Error(kInvalidArgument, "attribute residual_format is missing, which bytes need");
   if (floats && dst->bytes)
     throw Error(kInvalidArgument, "residual must be uint8 where the output is");
-  const std::vector<int64_t> dims = dims_of(shape, geometry_.rank(), batch, weight_.n, !floats);
-  if (residual.dims != dims) {
-    throw Error(kInvalidArgument,
-                "residual has shape " + to_string(residual.dims) + ", needs " + to_string(dims));
-  }
+  check_residual(residual, dims_of(shape, geometry_.rank(), batch, weight_.n, !floats));
   if (floats) {
     dst->float_residual = residual.as<float>();
   } else {

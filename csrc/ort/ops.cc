@@ -28,8 +28,10 @@ void MatMulOp::compute(KernelContext& context) const {
   op.bias = bias_.read(context);
   op.low = low_;
   op.high = high_;
+  const Tensor residual = context.num_inputs() > 4 ? context.input(4) : Tensor();
+  if (residual.data != nullptr) check_residual(residual, dims);
   float* y = context.output<float>(0, dims);
-  matmul(op, x.as<float>(), x.size() / weight_.k, y, context.parallel());
+  matmul(op, x.as<float>(), x.size() / weight_.k, residual.as<float>(), y, context.parallel());
 }
 
 int GatherOp::input_type(size_t index) { return index == 0 ? kUint8 : kAny; }

@@ -10,11 +10,11 @@
 
 namespace afpq::ort {
 
-// Y[..., n] = clamp(X[..., k] * weight^T + bias)
+// Y[..., n] = clamp(X[..., k] * weight^T + bias + residual)
 class MatMulOp {
  public:
   static constexpr const char* kName = "MatMul";
-  static constexpr size_t kNumInputs = 4, kNumRequired = 3;
+  static constexpr size_t kNumInputs = 5, kNumRequired = 3;
   static constexpr int kOutputType = kFloat;
   static int input_type(size_t index);
   explicit MatMulOp(const KernelInfo& info);

@@ -157,6 +157,13 @@ Tensor float_input(const KernelContext& context, size_t index, const char* name)
   return tensor;
 }
 
+void check_residual(const Tensor& residual, const std::vector<int64_t>& dims) {
+  if (residual.dims != dims) {
+    throw Error(kInvalidArgument,
+                "residual has shape " + to_string(residual.dims) + ", needs " + to_string(dims));
+  }
+}
+
 const AfpqKernels& kernels() {
   const char* error = nullptr;
   const AfpqKernels* table = active_kernels(&error);

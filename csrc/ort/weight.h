@@ -42,6 +42,9 @@ class Bias {
 // Input `index` as float32; throws when it has another type.
 Tensor float_input(const KernelContext& context, size_t index, const char* name);
 
+// Throws unless a residual lies like what it is added to.
+void check_residual(const Tensor& residual, const std::vector<int64_t>& dims);
+
 const AfpqKernels& kernels();
 
 }  // namespace afpq::ort

@@ -83,7 +83,7 @@ void compare_matmul(Comparison* comparison, Checksum* checksum) {
       const std::vector<float> bias = random.numbers(kN);
       for (const LhsRounding& rounding : kRoundings) {
         for (const size_t m : {1, 7, 53}) {
-          const Guarded<float> lhs(random.numbers(m * kK));
+          const Guarded<float> lhs(random.numbers(m * kK)), residual(random.numbers(m * kN));
           const float low = m == 7 ? 0.0f : -kInfinity;
           checksum->add(comparison->results(
               std::vector<float>(m * kN),
@@ -92,7 +92,7 @@ void compare_matmul(Comparison* comparison, Checksum* checksum) {
                 const PackedWeight weight =
                     stored.load(kernels, 1, rounding.mode != Activations::kF32);
                 matmul({&kernels, &weight, rounding, bias.data(), low, kInfinity}, lhs.data(), m,
-                       dst, serial());
+                       m == 1 ? nullptr : residual.data(), dst, serial());
               }));
         }
       }
