@@ -102,7 +102,9 @@ def verify(model: Path, *, threads: int, as_json: bool) -> int:
 
 
 @click.command(short_help="What works on this machine, and how fast.")
-@click.option("--measure", is_flag=True, help="Also measure peaks: memory, float32, packed layers.")
+@click.option(
+    "--measure", is_flag=True, help="Also measure: memory, two cores, float32, packed layers."
+)
 @click.option(
     "--save-rates",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,7 @@ from afpq.packing import pack
 from afpq.rates import RATE_FORMATS, RATE_MODES
 from afpq.report import environment
 
-__all__ = ["Check", "doctor", "measure", "memory_rate", "product_rate"]
+__all__ = ["Check", "LineTimes", "doctor", "line_times", "measure", "memory_rate", "product_rate"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def measure() -> tuple[list[Check], dict[str, dict[str, float]]]:
         _attempt("memory", lambda: f"{memory_rate() / 1e9:.1f} GB/s read"),
         _attempt("products", lambda: f"{product_rate() / 1e9:.1f} GMAC/s of bytes that stay in L1"),
         _attempt("float32", lambda: f"{_float_rate() / 1e9:.1f} GMAC/s, onnxruntime's MatMul"),
+        _attempt("two cores", _lines_between_cores, needed=False),
         *(
             _attempt(f"{text} {mode}", partial(layer, text, mode))
             for text in RATE_FORMATS
@@ -149,6 +150,32 @@ def product_rate() -> float:
     calls, isa = 2000, _core.kernels.active_isa()
     seconds = min(_core.time_products(isa, calls) for _ in range(20))
     return 6 * 64 * 256 * calls / seconds
+
+
+class LineTimes(NamedTuple):
+    """Seconds a line of a cache takes, where there are many: what small layers wait for with more threads than one."""
+
+    own: float  # written, and no other core has it
+    read: float  # read behind the core that wrote it
+    shared: float  # written when both cores have read it
+
+
+def line_times() -> LineTimes:
+    """Medians over 16 KB that two threads pass to each other.
+
+    Raises:
+        AfpqError: there is only one processor.
+    """
+    from afpq import _core
+
+    if (os.cpu_count() or 1) < 2:
+        raise AfpqError("there is only one processor")
+    return LineTimes(*_core.time_lines(256, 4000))
+
+
+def _lines_between_cores() -> str:
+    own, read, shared = (1e9 * seconds for seconds in line_times())
+    return f"{own:.1f} ns to write a line, {read:.1f} to read it elsewhere, {shared:.1f} to write it behind both"
 
 
 _N, _ROWS = 512, 256  # of a layer that fits the caches

@@ -9,7 +9,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -239,30 +238,10 @@ void finish_f32_s32(const std::string& isa, Array<const int32_t, 3> sums,
   table_of(isa).finish_f32_s32(&args);
 }
 
-// Seconds that `calls` products of 6 x 64 x 256 bytes take, which stay in L1: the most that layers
-// can reach.
-double time_products(const std::string& isa, size_t calls) {
-  constexpr size_t kTiles = 64;
-  const AfpqKernels& kernels = table_of(isa);
-  const std::vector<uint8_t> lhs(kMaxRows * kTiles * kTileK, 3);
-  const std::vector<int8_t> rhs(kPanelBlocks * kTiles * kTileCodes, 5);
-  std::vector<int32_t> dst(kMaxRows * kPanelN);
-  const uint8_t* rows[kMaxRows];
-  for (size_t r = 0; r < kMaxRows; ++r) rows[r] = lhs.data() + r * kTiles * kTileK;
-  const auto start = std::chrono::steady_clock::now();
-  for (size_t i = 0; i < calls; ++i) {
-    kernels.gemm_s32_u8_s8(rows, 1, kTiles, rhs.data(), kTiles, kMaxRows, kPanelBlocks, 60, 0, {},
-                           dst.data());
-  }
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 }  // namespace
 
 void bind_kernels(nb::module_& module) {
   using K = AfpqKernels;
-  module.def("time_products", time_products, "isa"_a, "calls"_a,
-             "Seconds of so many products of 6 x 64 x 256 bytes in L1.");
   nb::module_ m =
       module.def_submodule("kernels", "The raw kernel tables, for tests and benchmarks.");
   m.def("isa_names", isa_names, "Names of the supported tables, best first.");

@@ -9,5 +9,6 @@ NB_MODULE(_core, module) {
   bind_kernels(module);
   bind_rounding(module);
   bind_drivers(module);
+  bind_probes(module);
   bind_train(module);
 }

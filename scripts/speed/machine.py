@@ -8,8 +8,9 @@ from pathlib import Path
 import onnxruntime as ort
 
 from afpq import _core
+from afpq.doctor import line_times
 
-__all__ = ["KEPT_TO_AVX2", "facts"]
+__all__ = ["KEPT_TO_AVX2", "between_cores", "facts", "told"]
 
 KEPT_TO_AVX2 = "AFPQ_BENCH_KEPT_TO_AVX2"  # set where the runtime is a copy of avx2_only.py's
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,3 +45,28 @@ def facts() -> dict[str, object]:
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
+
+
+def between_cores() -> dict[str, float]:
+    """Nanoseconds a line of a cache, in the terms of `LineTimes`; nothing with one processor.
+
+    It changes in the course of minutes, with the cores that a host gives to a machine.
+    """
+    if (os.cpu_count() or 1) < 2:
+        return {}
+    return {name: 1e9 * seconds for name, seconds in line_times()._asdict().items()}
+
+
+def told(lines: list[dict[str, float]]) -> list[str]:
+    """What `between_cores` found before and behind a run, as a sentence."""
+    found = [line for line in lines if line]
+    if not found:
+        return []
+
+    def span(name: str) -> str:
+        return " and ".join(f"{line[name]:.1f}" for line in found)
+
+    return [
+        f"Lines of a cache, before and behind the run: {span('read')} ns to read one that another core wrote, "
+        f"{span('shared')} ns to write one that two have read."
+    ]

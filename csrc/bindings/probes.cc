@@ -1,0 +1,123 @@
+// What layers are held against: how fast the kernel of bytes is at its best, and what lines of a
+// cache cost that pass between two cores.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bindings/kernel_arguments.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// Seconds that `calls` products of 6 x 64 x 256 bytes take, which stay in L1: the most that layers
+// can reach.
+double time_products(const std::string& isa, size_t calls) {
+  constexpr size_t kTiles = 64;
+  const AfpqKernels& kernels = table_of(isa);
+  const std::vector<uint8_t> lhs(kMaxRows * kTiles * kTileK, 3);
+  const std::vector<int8_t> rhs(kPanelBlocks * kTiles * kTileCodes, 5);
+  std::vector<int32_t> dst(kMaxRows * kPanelN);
+  const uint8_t* rows[kMaxRows];
+  for (size_t r = 0; r < kMaxRows; ++r) rows[r] = lhs.data() + r * kTiles * kTileK;
+  const auto start = Clock::now();
+  for (size_t i = 0; i < calls; ++i) {
+    kernels.gemm_s32_u8_s8(rows, 1, kTiles, rhs.data(), kTiles, kMaxRows, kPanelBlocks, 60, 0, {},
+                           dst.data());
+  }
+  return seconds_since(start);
+}
+
+// Two threads that take turns, each on a core of its own if there are two.
+class Turns {
+ public:
+  void wait_for(size_t turn) const {
+    for (size_t looks = 0; turn_.load(std::memory_order_acquire) < turn; ++looks) {
+      if (looks >= kPatience) std::this_thread::yield();
+    }
+  }
+  void end(size_t turn) { turn_.store(turn + 1, std::memory_order_release); }
+
+ private:
+  static constexpr size_t kPatience = size_t{1} << 16;  // looks before others get the processor
+  alignas(64) std::atomic<size_t> turn_{0};
+};
+
+struct alignas(64) Line {
+  std::atomic<uint64_t> words[8] = {};
+};
+
+double write_lines(std::vector<Line>* lines, uint64_t value) {
+  const auto start = Clock::now();
+  for (Line& line : *lines) {
+    for (auto& word : line.words) word.store(value, std::memory_order_relaxed);
+  }
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // until all are written
+  return seconds_since(start);
+}
+
+double read_lines(const std::vector<Line>& lines) {
+  uint64_t all = 0;
+  const auto start = Clock::now();
+  for (const Line& line : lines) all |= line.words[0].load(std::memory_order_relaxed);
+  std::atomic<uint64_t> kept{all};
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  return seconds_since(start);
+}
+
+double median(std::vector<double>* values) {
+  const auto middle = values->begin() + static_cast<ptrdiff_t>(values->size() / 2);
+  std::nth_element(values->begin(), middle, values->end());
+  return *middle;
+}
+
+// Median seconds a line: written where no other core has it, read where the other has written it,
+// and written where both have read it.
+std::tuple<double, double, double> time_lines(size_t count, size_t rounds) {
+  require(count > 0 && rounds > 0, "count and rounds must be positive");
+  std::vector<Line> lines(count);
+  std::vector<double> own(rounds), read(rounds), shared(rounds);
+  Turns turns;
+  std::thread reader([&] {
+    for (size_t r = 0; r < rounds; ++r) {
+      turns.wait_for(2 * r + 1);
+      read[r] = read_lines(lines);
+      turns.end(2 * r + 1);
+    }
+  });
+  for (size_t r = 0; r < rounds; ++r) {
+    turns.wait_for(2 * r);
+    read_lines(lines);
+    shared[r] = write_lines(&lines, 2 * r);
+    own[r] = write_lines(&lines, 2 * r + 1);
+    turns.end(2 * r);
+  }
+  reader.join();
+  const double per_line = 1.0 / static_cast<double>(count);
+  return {median(&own) * per_line, median(&read) * per_line, median(&shared) * per_line};
+}
+
+}  // namespace
+
+void bind_probes(nb::module_& module) {
+  module.def("time_products", time_products, "isa"_a, "calls"_a,
+             "Seconds of so many products of 6 x 64 x 256 bytes in L1.");
+  module.def("time_lines", time_lines, "count"_a, "rounds"_a,
+             nb::call_guard<nb::gil_scoped_release>(),
+             "Seconds a line: written, read behind another core, written behind two that read.");
+}
