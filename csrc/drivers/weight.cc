@@ -182,14 +182,11 @@ void decode_row(const PackedWeight& weight, size_t row, float* dst) {
     const size_t last = std::min(begin + size, weight.k);
     for (size_t step = begin; step < last; step += kTileK, src += weight.tile_bytes) {
       const uint64_t codes = load_codes(src, num_bytes, end) >> shift;
-      const size_t count = std::min<size_t>(kTileK, last - step);
-      if (count == kTileK) {
-        for (size_t i = 0; i < kTileK; ++i)
-          dst[step + i] = values[codes >> (i * bits) & 255] * scale;
-      } else {
+      const auto decode = [&](size_t count) {
         for (size_t i = 0; i < count; ++i)
           dst[step + i] = values[codes >> (i * bits) & 255] * scale;
-      }
+      };
+      last - step < kTileK ? decode(last - step) : decode(kTileK);
     }
   }
 }
