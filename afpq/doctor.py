@@ -164,13 +164,23 @@ def line_times() -> LineTimes:
     """Medians over 16 KB that two threads pass to each other.
 
     Raises:
-        AfpqError: there is only one processor.
+        AfpqError: this process may use only one processor, or start no thread.
     """
     from afpq import _core
 
-    if (os.cpu_count() or 1) < 2:
+    if _num_processors() < 2:
         raise AfpqError("there is only one processor")
-    return LineTimes(*_core.time_lines(256, 4000))
+    try:
+        return LineTimes(*_core.time_lines(256, 4000))
+    except RuntimeError as error:
+        raise AfpqError(f"no second thread: {error}") from error
+
+
+def _num_processors() -> int:
+    """Those that this process may use, where the system tells them apart from all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _lines_between_cores() -> str:

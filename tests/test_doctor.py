@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from afpq import _core, _selftest
 from afpq import doctor as module
-from afpq.errors import RuntimeUnavailableError
+from afpq.errors import AfpqError, RuntimeUnavailableError
 
 
 def test_everything_needed_works_here():
@@ -48,12 +50,25 @@ def test_peaks_are_measured(monkeypatch):
     monkeypatch.setattr(module, "_SECONDS", 0.0)
     checks, rates = module.measure()
     assert len(checks) == 16 and all(check.passed for check in checks), checks
-    alone = (os.cpu_count() or 1) < 2
+    alone = module._num_processors() < 2
     numbers = [check for check in checks if not (alone and check.name == "two cores")]
     assert all(float(check.detail.split()[0]) > 0 for check in numbers)
     shown = {check.name: float(check.detail.split()[0]) for check in checks[4:]}
 
     assert shown == {f"{text} {mode}": rates[mode][text] for mode in rates for text in rates[mode]}
+
+
+def test_lines_between_cores_need_two_processors_and_a_thread(monkeypatch):
+    def no_thread(*_: int) -> None:
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(module, "_num_processors", lambda: 2)
+    monkeypatch.setattr(_core, "time_lines", no_thread)
+    with pytest.raises(AfpqError, match="no second thread: Resource temporarily unavailable"):
+        module.line_times()
+    monkeypatch.setattr(module, "_num_processors", lambda: 1)
+    with pytest.raises(AfpqError, match="only one processor"):
+        module.line_times()
 
 
 def test_a_library_that_does_not_load_is_a_failed_check(monkeypatch):

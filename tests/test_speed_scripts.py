@@ -1,4 +1,4 @@
-"""What scripts/bench_models uses to keep onnxruntime to AVX2."""
+"""What scripts/bench_models uses to keep onnxruntime to AVX2, and what it says of lines between cores."""
 
 import shutil
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from speed.avx2_only import hide_cpuid, write_answer
+from speed.machine import told
 
 PROGRAM = r"""
 #include <cpuid.h>
@@ -47,3 +48,10 @@ def test_a_program_whose_cpuid_is_replaced_sees_avx2_and_no_avx512(tmp_path: Pat
     assert told[2] == truth[2] & ~avx512_of_ebx
     assert told[2] & 1 << 5 == truth[2] & 1 << 5  # AVX2
     assert not told[3] & 1 << 11  # VNNI
+
+
+def test_lines_between_cores_are_told_as_they_were_before_and_behind() -> None:
+    calm, far = {"own": 2.5, "read": 1.6, "shared": 7.4}, {"own": 2.5, "read": 6.5, "shared": 29.0}
+    (text,) = told([calm, far])
+    assert "1.6 and 6.5 ns to read" in text and "7.4 and 29.0 ns to write" in text
+    assert told([]) == told([{}, {}]) == []
