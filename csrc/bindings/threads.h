@@ -30,7 +30,7 @@ class Threads {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  Parallel parallel() { return {run, this}; }
+  Parallel parallel() { return {run, this, &crew_}; }
 
  private:
   using Task = void (*)(void* user, size_t i);
@@ -84,6 +84,7 @@ class Threads {
   }
 
   const size_t count_;
+  Crew crew_;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable wake_, idle_;

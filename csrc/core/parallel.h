@@ -10,11 +10,32 @@
 
 namespace afpq {
 
+// How many threads are likely to come at once, as one caller of a pool has seen: it is told which
+// tasks threads ran, not how many there are.
+class Crew {
+ public:
+  // Of at most `most`. Now and then, and less and less often, one more than were seen.
+  size_t next(size_t most) {
+    const size_t calls = calls_.fetch_add(1, std::memory_order_relaxed) + 1;
+    const size_t more = (calls & (calls - 1)) == 0 ? 1 : 0;
+    const size_t count = seen_.load(std::memory_order_relaxed) + more;
+    return count < most ? count : most;
+  }
+  void came(size_t count) {
+    if (count > seen_.load(std::memory_order_relaxed))
+      seen_.store(count, std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<size_t> calls_{0}, seen_{1};
+};
+
 struct Parallel {
   // Calls task(user, i) for every i in 0..total-1, in any order, on any thread; returns when all
   // are done.
   void (*run)(void* context, size_t total, void (*task)(void* user, size_t i), void* user);
   void* context;
+  Crew* crew = nullptr;  // none: no other threads
 };
 
 // All tasks one after the other, on the thread that asks.

@@ -66,10 +66,7 @@ RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const floa
     const size_t begin = part * size;
     op.kernels->range_f32(src + begin, std::min(size, total - begin), &ranges[part]);
   });
-  AfpqRange all = {0, 0};
-  for (const AfpqRange& range : ranges)
-    all = {std::max(all.above, range.above), std::max(all.below, range.below)};
-  return row_quantizer(op.rounding, all);
+  return row_quantizer(op.rounding, widest(ranges.data(), parts));
 }
 
 void quantize_planes(const AfpqKernels& kernels, const Products& products,

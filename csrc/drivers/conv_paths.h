@@ -8,6 +8,14 @@
 
 namespace afpq {
 
+// That of all.
+inline AfpqRange widest(const AfpqRange* ranges, size_t count) {
+  AfpqRange all = {0, 0};
+  for (size_t i = 0; i < count; ++i)
+    all = {std::max(all.above, ranges[i].above), std::max(all.below, ranges[i].below)};
+  return all;
+}
+
 // How a sample is rounded, by its range.
 RowQuantizer sample_quantizer(const Conv& op, const ConvShape& shape, const float* src,
                               const Parallel& parallel);

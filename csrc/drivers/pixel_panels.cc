@@ -21,41 +21,52 @@ constexpr size_t kMakeTasks = 8;                      // the same, of few strips
 constexpr size_t kMakeElements = size_t{1} << 13;     // that are worth one
 
 struct Panels {
+  const PixelJob& job;
   const size_t total;  // pixels
   size_t pixels;       // of a strip, less at the end
-  size_t count;        // strips
+  size_t num_rows;     // strips
   size_t stride;       // pixels of a row of a panel: odd lines, so that a column spreads over L1
-  size_t bytes;
+  size_t bytes;        // of a panel
 
-  explicit Panels(const PixelJob& job) : total(job.shape.num_out()) {
+  explicit Panels(const PixelJob& pixel_job) : job(pixel_job), total(job.shape.num_out()) {
     const size_t most =
         std::clamp<size_t>(kPanelBytes / (job.op.weight->k * job.products.element_bytes()),
                            kLeastPanelPixels, kMostPixels);
-    count = ceil_div(total, most);
-    if (count > 1) count += count % 2;  // for as many threads
+    size_t count = ceil_div(total, most);
+    if (count > 1 || !job.has_pairs()) count += count % 2;  // for as many threads
     pixels = ceil_div(ceil_div(total, count), kPixelLanes) * kPixelLanes;
-    count = ceil_div(total, pixels);
+    num_rows = ceil_div(total, pixels);
     stride = (pixels / kPixelLanes | 1) * kPixelLanes;
     bytes = job.groups() * stride * kPixelDword;
   }
   size_t pixels_of(size_t strip) const { return std::min(pixels, total - strip * pixels); }
+
+  void make_panel(const PixelSample& sample, size_t strip, const PixelRange& channels,
+                  uint8_t* panel) const {
+    const size_t count = pixels_of(strip);
+    quantize_pixels(job, sample, {strip * pixels, 1, count, count, stride}, channels, panel);
+  }
+  void multiply_panel(const PixelSample& sample, const uint8_t* panel, size_t strip,
+                      const PixelRange& channels, const uint8_t* rhs) const {
+    static constexpr size_t kTap = 0;
+    const size_t count = pixels_of(strip);
+    multiply_pixels(job, sample,
+                    {panel, &kTap, 1, stride, count, count, count, strip * pixels, count}, channels,
+                    rhs);
+  }
+
+  // As Way.
+  PassedPanels panels() const { return {job, num_rows, stride * kPixelDword}; }
+  void make(const PixelSample& sample, const PixelRange& channels, uint8_t* made) const {
+    for (size_t strip = 0; strip < num_rows; ++strip)
+      make_panel(sample, strip, channels, made + strip * bytes);
+  }
+  void multiply(const PixelSample& sample, const uint8_t* made, const PixelRange& strips,
+                const PixelRange& channels, const uint8_t* rhs) const {
+    for (size_t strip = strips.begin; strip < strips.end; ++strip)
+      multiply_panel(sample, made + strip * bytes, strip, channels, rhs);
+  }
 };
-
-void make_panel(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
-                const PixelRange& channels, uint8_t* panel) {
-  const size_t count = panels.pixels_of(strip);
-  quantize_pixels(job, sample, {strip * panels.pixels, 1, count, count, panels.stride}, channels,
-                  panel);
-}
-
-void multiply(const PixelJob& job, const Panels& panels, const PixelSample& sample, size_t strip,
-              const uint8_t* panel, size_t block, const uint8_t* rhs) {
-  static constexpr size_t kTap = 0;
-  const size_t count = panels.pixels_of(strip);
-  const PixelRows rows = {
-      panel, &kTap, 1, panels.stride, count, count, count, strip * panels.pixels, count};
-  multiply_pixels(job, sample, rows, block, rhs);
-}
 
 void expand_all(const PixelJob& job, uint8_t* dst, const Parallel& parallel) {
   const size_t blocks = job.op.weight->num_blocks;
@@ -68,25 +79,13 @@ void expand_all(const PixelJob& job, uint8_t* dst, const Parallel& parallel) {
 
 void run_many_strips(const PixelJob& job, const Panels& panels, const PixelSample& sample,
                      const uint8_t* expanded, const Parallel& parallel) {
-  parallel_for(parallel, panels.count, [&](size_t strip) {
+  parallel_for(parallel, panels.num_rows, [&](size_t strip) {
     task_scratch().reset(Scratch::room<uint8_t>(panels.bytes));
     uint8_t* panel = task_scratch().take<uint8_t>(panels.bytes);
-    make_panel(job, panels, sample, strip, job.channels(), panel);
+    panels.make_panel(sample, strip, job.channels(), panel);
     for (size_t b = 0; b < job.op.weight->num_blocks; ++b)
-      multiply(job, panels, sample, strip, panel, b, expanded + b * job.block_bytes);
+      panels.multiply_panel(sample, panel, strip, job.outputs(b), expanded + b * job.block_bytes);
   });
-}
-
-// Blocks [begin, end) times all strips.
-void multiply_blocks(const PixelJob& job, const Panels& panels, const PixelSample& sample,
-                     const uint8_t* made, size_t begin, size_t end) {
-  task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
-  uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
-  for (size_t b = begin; b < end; ++b) {
-    expand_pixel_block(job, b, expanded);
-    for (size_t strip = 0; strip < panels.count; ++strip)
-      multiply(job, panels, sample, strip, made + strip * panels.bytes, b, expanded);
-  }
 }
 
 void conv_many_strips(const PixelJob& job, const Panels& panels, const float* src, size_t batch,
@@ -111,22 +110,26 @@ void conv_few_strips(const PixelJob& job, const Panels& panels, const float* src
   const size_t channels = job.shape.channels_in;
   const size_t least = std::max(ceil_div(channels, kMakeTasks), kMakeElements / panels.total);
   const size_t chunk = ceil_div(std::max<size_t>(1, least), kTileK) * kTileK;
-  const auto make = [&](const PixelSample& sample, const PixelRange& strips, uint8_t* made,
-                        const Parallel& of) {
-    const size_t count = strips.end - strips.begin;
-    parallel_for(of, ceil_div(channels, chunk) * count, [&](size_t task) {
-      const size_t first = task / count * chunk, strip = strips.begin + task % count;
-      make_panel(job, panels, sample, strip, {first, std::min(channels, first + chunk)},
-                 made + strip * panels.bytes);
+  layer_scratch().reset(Scratch::room<uint8_t>(panels.num_rows * panels.bytes));
+  uint8_t* made = layer_scratch().take<uint8_t>(panels.num_rows * panels.bytes);
+  for (size_t i = 0; i < batch; ++i) {
+    const float* floats = src + i * channels * job.shape.num_in();
+    const RowQuantizer quantizer = sample_quantizer(job.op, job.shape, floats, parallel);
+    const PixelSample sample = pixel_sample(job, src, dst, i, quantizer);
+    parallel_for(parallel, ceil_div(channels, chunk) * panels.num_rows, [&](size_t task) {
+      const size_t first = task / panels.num_rows * chunk, strip = task % panels.num_rows;
+      panels.make_panel(sample, strip, {first, std::min(channels, first + chunk)},
+                        made + strip * panels.bytes);
     });
-  };
-  const auto needs = [&](size_t) { return PixelRange{0, panels.count}; };
-  const auto products = [&](size_t task, const PixelSample& sample, const uint8_t* made) {
-    multiply_blocks(job, panels, sample, made, task * step, std::min(blocks, (task + 1) * step));
-  };
-  const PixelPlan plan = {panels.count * panels.bytes, panels.count, ceil_div(blocks, step)};
-  for (size_t i = 0; i < batch; ++i)
-    run_pixel_sample(job, plan, src, dst, i, parallel, make, needs, products);
+    parallel_for(parallel, ceil_div(blocks, step), [&](size_t task) {
+      task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
+      uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
+      for (size_t b = task * step; b < std::min(blocks, (task + 1) * step); ++b) {
+        expand_pixel_block(job, b, expanded);
+        panels.multiply(sample, made, {0, panels.num_rows}, job.outputs(b), expanded);
+      }
+    });
+  }
 }
 
 }  // namespace
@@ -134,8 +137,12 @@ void conv_few_strips(const PixelJob& job, const Panels& panels, const float* src
 void conv_pixel_panels(const PixelJob& job, const float* src, size_t batch, const ConvTarget& dst,
                        const Parallel& parallel) {
   const Panels panels(job);
-  (panels.count >= kManyStrips ? conv_many_strips : conv_few_strips)(job, panels, src, batch, dst,
-                                                                     parallel);
+  if (is_small(job)) {
+    for (size_t i = 0; i < batch; ++i) run_small_sample(job, panels, src, dst, i, parallel);
+    return;
+  }
+  (panels.num_rows >= kManyStrips ? conv_many_strips : conv_few_strips)(job, panels, src, batch,
+                                                                        dst, parallel);
 }
 
 }  // namespace afpq

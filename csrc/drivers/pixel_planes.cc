@@ -84,25 +84,26 @@ struct Inside {
 // Rows [begin, end) of all planes, of stride 1: pixels are rounded to where they belong. dst:
 // [groups][planes.stride] dwords.
 void round_rows(const PixelJob& job, const Planes& planes, const PixelSample& sample,
-                uint32_t padding, size_t begin, size_t end, uint32_t* dst) {
+                uint32_t padding, size_t begin, size_t end, const PixelRange& channels,
+                uint32_t* dst) {
   const ConvShape& shape = job.shape;
   const size_t top = shape.pads[1], left = shape.pads[2], width = shape.in[2];
   const size_t first = std::clamp(begin, top, top + shape.in[1]);
   const size_t last = std::clamp(end, first, top + shape.in[1]);
   const size_t filled = end < planes.rows ? end * planes.pitch : planes.pixels;
-  for (size_t g = 0; g < job.groups(); ++g) {
+  for (size_t g = channels.begin / job.steps; g < channels.end / job.steps; ++g) {
     fill_around_rows(dst + g * planes.stride, begin * planes.pitch, filled, first, last,
                      planes.pitch, left, width, padding);
   }
   const PixelRun run = {(first - top) * width, last - first, width, planes.pitch, planes.stride};
-  quantize_pixels(job, sample, run, job.channels(),
+  quantize_pixels(job, sample, run, channels,
                   reinterpret_cast<uint8_t*>(dst + first * planes.pitch + left));
 }
 
 // Rows [begin, end) of all planes. dst: [groups][planes.stride] dwords, as floats because the
 // kernel moves floats.
 void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sample, float padding,
-               size_t begin, size_t end, float* dst) {
+               size_t begin, size_t end, const PixelRange& channels, float* dst) {
   const ConvShape& shape = job.shape;
   // The rows of input that they hold, one behind the other.
   const size_t top = shape.pads[1], bottom = top + shape.in[1];
@@ -113,16 +114,18 @@ void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sam
   task_scratch().reset(Scratch::room<uint8_t>(bytes));
   uint8_t* rounded = task_scratch().take<uint8_t>(bytes);
   if (count > 0)
-    quantize_pixels(job, sample, {(first - top) * shape.in[2], 1, count, count, count},
-                    job.channels(), rounded);
+    quantize_pixels(job, sample, {(first - top) * shape.in[2], 1, count, count, count}, channels,
+                    rounded);
   const size_t filled = end < planes.rows ? end * planes.pitch : planes.pixels;
-  for (size_t g = 0; g < job.groups(); ++g, dst += planes.stride) {
+  const size_t last_group = channels.end / job.steps;
+  for (size_t g = channels.begin / job.steps; g < last_group; ++g) {
+    float* group = dst + g * planes.stride;
     const float* src = reinterpret_cast<const float*>(rounded) + g * count;
     for (size_t py = 0; py < planes.y.used.size(); ++py) {
       const Inside y(planes.y.used[py], planes.y.stride, first, last);
       for (size_t px = 0; px < planes.x.used.size(); ++px) {
         const size_t phase = planes.x.used[px], left = shape.pads[2];
-        float* plane = dst + planes.plane(py, px);
+        float* plane = group + planes.plane(py, px);
         std::fill(plane + begin * planes.pitch, plane + filled, padding);
         const size_t right = planes.x.stride == 1
                                  ? left + shape.in[2]
@@ -140,7 +143,7 @@ void fill_rows(const PixelJob& job, const Planes& planes, const PixelSample& sam
 }
 
 void make_planes(const PixelJob& job, const Planes& planes, const PixelSample& sample,
-                 const PixelRange& rows, uint8_t* made, const Parallel& parallel) {
+                 const PixelRange& channels, uint8_t* made, const Parallel& parallel) {
   const int32_t zero = sample.quantizer.zero_element(job.products.elements);
   const uint32_t dword = job.words() ? static_cast<uint32_t>(zero & 0xffff) * 0x10001u
                                      : static_cast<uint32_t>(zero & 0xff) * 0x1010101u;
@@ -149,19 +152,20 @@ void make_planes(const PixelJob& job, const Planes& planes, const PixelSample& s
   const size_t row = planes.y.stride * job.shape.in[2] * job.shape.channels_in;
   const size_t step = std::max<size_t>(1, kTaskElements / std::max<size_t>(1, row));
   const bool in_place = planes.y.stride == 1 && planes.x.stride == 1;
-  parallel_for(parallel, ceil_div(rows.end - rows.begin, step), [&](size_t task) {
-    const size_t begin = rows.begin + task * step, end = std::min(rows.end, begin + step);
+  parallel_for(parallel, ceil_div(planes.rows, step), [&](size_t task) {
+    const size_t begin = task * step, end = std::min(planes.rows, begin + step);
     if (in_place) {
-      round_rows(job, planes, sample, dword, begin, end, reinterpret_cast<uint32_t*>(made));
+      round_rows(job, planes, sample, dword, begin, end, channels,
+                 reinterpret_cast<uint32_t*>(made));
     } else {
-      fill_rows(job, planes, sample, padding, begin, end, reinterpret_cast<float*>(made));
+      fill_rows(job, planes, sample, padding, begin, end, channels, reinterpret_cast<float*>(made));
     }
   });
 }
 
 // Rows [begin, end) of output times a block.
 void multiply_rows(const PixelJob& job, const Planes& planes, const PixelSample& sample,
-                   const uint8_t* made, size_t begin, size_t end, size_t block,
+                   const uint8_t* made, size_t begin, size_t end, const PixelRange& channels,
                    const uint8_t* rhs) {
   const size_t width = job.shape.out[2];
   const size_t step = (kMostPixels - width) / planes.pitch + 1;
@@ -176,9 +180,26 @@ void multiply_rows(const PixelJob& job, const Planes& planes, const PixelSample&
                             width,
                             y * width,
                             count * width};
-    multiply_pixels(job, sample, rows, block, rhs);
+    multiply_pixels(job, sample, rows, channels, rhs);
   }
 }
+
+// As Way.
+struct PlaneWay {
+  const PixelJob& job;
+  const Planes& planes;
+  const size_t num_rows = job.shape.out[1];
+
+  PassedPanels panels() const { return {job, 1, planes.stride * kPixelDword}; }
+
+  void make(const PixelSample& sample, const PixelRange& channels, uint8_t* made) const {
+    make_planes(job, planes, sample, channels, made, serial());
+  }
+  void multiply(const PixelSample& sample, const uint8_t* made, const PixelRange& rows,
+                const PixelRange& channels, const uint8_t* rhs) const {
+    multiply_rows(job, planes, sample, made, rows.begin, rows.end, channels, rhs);
+  }
+};
 
 }  // namespace
 
@@ -186,39 +207,38 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
                        const Parallel& parallel) {
   const ConvShape& shape = job.shape;
   const Planes planes(shape);
+  if (is_small(job)) {
+    const PlaneWay way = {job, planes};
+    for (size_t i = 0; i < batch; ++i) run_small_sample(job, way, src, dst, i, parallel);
+    return;
+  }
   const size_t blocks = job.op.weight->num_blocks, step = ceil_div(blocks, kPixelTasks);
   const size_t chunks = ceil_div(blocks, step);
   size_t parts =
       std::clamp<size_t>(shape.num_out() / kLeastTaskPixels, 1, ceil_div(kPixelTasks, chunks));
   if (parts > 1 && chunks % 2) parts += parts % 2;  // for two threads
   const size_t rows = ceil_div(shape.out[1], parts);
-  const auto make = [&](const PixelSample& sample, const PixelRange& range, uint8_t* made,
-                        const Parallel& of) { make_planes(job, planes, sample, range, made, of); };
-  // Tasks next to each other share rows of input, and make rows next to each other of what the next
-  // layer reads.
-  const auto outputs = [&](size_t task) {
-    const size_t begin = std::min(shape.out[1], task / chunks * rows);
-    return PixelRange{begin, std::min(shape.out[1], begin + rows)};
-  };
-  const auto needs = [&](size_t task) {
-    const PixelRange of = outputs(task);
-    // And the row behind, which begins with the padding of the one before.
-    const size_t end = of.end + shape.reach(1) / planes.y.stride + 1;
-    return PixelRange{of.begin, std::min(planes.rows, end)};
-  };
-  const auto products = [&](size_t task, const PixelSample& sample, const uint8_t* made) {
-    const PixelRange of = outputs(task);
-    const size_t chunk = task % chunks * step;
-    task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
-    uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
-    for (size_t b = chunk; b < std::min(blocks, chunk + step) && of.begin < of.end; ++b) {
-      expand_pixel_block(job, b, expanded);
-      multiply_rows(job, planes, sample, made, of.begin, of.end, b, expanded);
-    }
-  };
-  const PixelPlan plan = {job.groups() * planes.stride * kPixelDword, planes.rows, chunks * parts};
-  for (size_t i = 0; i < batch; ++i)
-    run_pixel_sample(job, plan, src, dst, i, parallel, make, needs, products);
+  const size_t bytes = job.groups() * planes.stride * kPixelDword;
+  layer_scratch().reset(Scratch::room<uint8_t>(bytes));
+  uint8_t* made = layer_scratch().take<uint8_t>(bytes);
+  for (size_t i = 0; i < batch; ++i) {
+    const float* floats = src + i * shape.channels_in * shape.num_in();
+    const RowQuantizer quantizer = sample_quantizer(job.op, shape, floats, parallel);
+    const PixelSample sample = pixel_sample(job, src, dst, i, quantizer);
+    make_planes(job, planes, sample, job.channels(), made, parallel);
+    // Tasks next to each other share rows of input, and make rows next to each other of what the
+    // next layer reads.
+    parallel_for(parallel, chunks * parts, [&](size_t task) {
+      const size_t begin = std::min(shape.out[1], task / chunks * rows);
+      const size_t end = std::min(shape.out[1], begin + rows), chunk = task % chunks * step;
+      task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
+      uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
+      for (size_t b = chunk; b < std::min(blocks, chunk + step) && begin < end; ++b) {
+        expand_pixel_block(job, b, expanded);
+        multiply_rows(job, planes, sample, made, begin, end, job.outputs(b), expanded);
+      }
+    });
+  }
 }
 
 }  // namespace afpq

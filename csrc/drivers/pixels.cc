@@ -1,6 +1,7 @@
 #include "drivers/pixels.h"
 
-#include <atomic>
+#include <algorithm>
+#include <cstring>
 
 namespace afpq {
 namespace {
@@ -50,11 +51,12 @@ void expand_pixel_block(const PixelJob& job, size_t block, uint8_t* dst) {
 }
 
 void multiply_pixels(const PixelJob& job, const PixelSample& sample, const PixelRows& rows,
-                     size_t block, const uint8_t* rhs) {
+                     const PixelRange& channels, const uint8_t* rhs) {
   static constexpr float kNoBias[kTileN] = {};
   const PackedWeight& weight = *job.op.weight;
-  const size_t channel = block * kTileN;
+  const size_t channel = channels.begin;
   const bool joined = weight.format.num_planes() > job.products.rhs_planes;
+  rhs += channel % kTileN * kPixelDword;
   AfpqPixels args = {};
   args.lhs = rows.lhs;
   args.taps = rows.taps;
@@ -69,7 +71,7 @@ void multiply_pixels(const PixelJob& job, const PixelSample& sample, const Pixel
   args.num_pixels = rows.num_pixels;
   args.row_pitch = rows.pitch;
   args.row_size = rows.size;
-  args.num_channels = std::min<size_t>(kTileN, job.shape.channels_out - channel);
+  args.num_channels = channels.end - channel;
   args.limit = weight.limits[0];
   args.zero_point = sample.quantizer.zero_element(job.products.elements);
   args.column_sums = (joined ? weight.joined_sums : weight.column_sums[0]).data() + channel;
@@ -101,20 +103,27 @@ PixelSample pixel_sample(const PixelJob& job, const float* src, const ConvTarget
           dst.float_residual ? dst.float_residual + at : nullptr};
 }
 
-OwnSample& OwnSample::of_call(uint64_t number, size_t bytes) {
-  thread_local OwnSample own;
-  if (own.call_ != number) {
-    own.rows_ = {0, 0};
-    own.memory_.reset(Scratch::room<uint8_t>(bytes));
-    own.made_ = own.memory_.take<uint8_t>(bytes);
-    own.call_ = number;
-  }
-  return own;
+void PassedPanels::pass(const uint8_t* made, const PixelRange& channels, uint8_t* passed) const {
+  const size_t begin = channels.begin / job.steps * group_bytes;
+  const size_t end = channels.end / job.steps * group_bytes, panel = job.groups() * group_bytes;
+  for (size_t p = 0; p < num_panels; ++p)
+    std::copy(made + p * panel + begin, made + p * panel + end, passed + p * panel + begin);
 }
 
-uint64_t OwnSample::next_call() {
-  static std::atomic<uint64_t> calls{0};
-  return ++calls;
+void PassedPanels::receive(uint8_t* passed, const PixelRange& channels, uint8_t* made) const {
+  constexpr size_t kLine = 64;
+  const size_t begin = channels.begin / job.steps * group_bytes;
+  const size_t end = channels.end / job.steps * group_bytes, panel = job.groups() * group_bytes;
+  for (size_t p = 0; p < num_panels; ++p, passed += panel, made += panel) {
+    for (size_t at = begin; at < end; at += kLine) {
+      // Others may read the line at the same time: what is written is what was there.
+      uint64_t* word = reinterpret_cast<uint64_t*>(passed + at);
+      const uint64_t value = __atomic_load_n(word, __ATOMIC_RELAXED);
+      std::memcpy(made + at, &value, sizeof(value));
+      std::copy(passed + at + sizeof(value), passed + at + kLine, made + at + sizeof(value));
+      __atomic_store_n(word, value, __ATOMIC_RELAXED);
+    }
+  }
 }
 
 bool conv_fits_pixels(const Conv& op, const ConvShape& shape, const Products& products) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/scratch.h"
+#include "core/together.h"
 #include "drivers/conv_paths.h"
 
 namespace afpq {
@@ -22,8 +23,12 @@ struct PixelJob {
 
   PixelJob(const Conv& conv, const ConvShape& conv_shape, const Products& conv_products);
   bool words() const { return products.elements == Elements::kWords; }
-  size_t groups() const { return shape.channels_in / steps; }  // of a tap
+  size_t groups() const { return shape.channels_in / steps; }                           // of a tap
+  bool has_pairs() const { return ceil_div(shape.channels_out, kTileN / 2) % 2 == 0; }  // of 8
   PixelRange channels() const { return {0, shape.channels_in}; }
+  PixelRange outputs(size_t block) const {
+    return {block * kTileN, std::min<size_t>(shape.channels_out, (block + 1) * kTileN)};
+  }
 };
 
 constexpr size_t kPixelDword = 4;
@@ -60,9 +65,9 @@ struct PixelRows {
   size_t count;  // of outputs
 };
 
-// Rows times an expanded block of channels.
+// Rows times channels of one block, which is expanded.
 void multiply_pixels(const PixelJob& job, const PixelSample& sample, const PixelRows& rows,
-                     size_t block, const uint8_t* rhs);
+                     const PixelRange& channels, const uint8_t* rhs);
 
 // The two ways: of 1x1, strips of pixels are rounded to panels; of taps, the sample is rounded to
 // planes with padding around them, in which a tap is an offset.
@@ -75,66 +80,94 @@ void conv_pixel_planes(const PixelJob& job, const float* src, size_t batch, cons
 PixelSample pixel_sample(const PixelJob& job, const float* src, const ConvTarget& dst, size_t i,
                          const RowQuantizer& quantizer);
 
-// What a thread has made of a sample for itself.
-class OwnSample {
- public:
-  // That of this thread, which is empty at the first call of a number.
-  static OwnSample& of_call(uint64_t number, size_t bytes);
-  static uint64_t next_call();  // a number of its own
+// Channels of panels of dwords, [num_panels][groups][group_bytes], to and from what threads pass to
+// each other. Whoever receives a line writes to it, too: one that only this core has then costs
+// less to write the next time than one that several have.
+struct PassedPanels {
+  const PixelJob& job;
+  size_t num_panels, group_bytes;
 
-  RowQuantizer quantizer;
-  bool empty() const { return rows_.begin == rows_.end; }
-  uint8_t* made() const { return made_; }
-
-  // make(rows) of those that are needed and not made yet, and of those between.
-  template <typename Make>
-  void add(const PixelRange& needed, const Make& make) {
-    if (empty()) rows_ = {needed.begin, needed.begin};
-    if (needed.begin < rows_.begin) make(PixelRange{needed.begin, rows_.begin});
-    if (needed.end > rows_.end) make(PixelRange{rows_.end, needed.end});
-    rows_ = {std::min(rows_.begin, needed.begin), std::max(rows_.end, needed.end)};
-  }
-
- private:
-  uint64_t call_ = 0;
-  PixelRange rows_ = {0, 0};
-  Scratch memory_;
-  uint8_t* made_ = nullptr;
+  size_t bytes() const { return num_panels * job.groups() * group_bytes; }
+  void pass(const uint8_t* made, const PixelRange& channels, uint8_t* passed) const;
+  void receive(uint8_t* passed, const PixelRange& channels, uint8_t* made) const;
 };
 
-// How a sample is multiplied: rows of it are made, in `bytes`, and then tasks need some of them.
-struct PixelPlan {
-  size_t bytes, rows, tasks;
-};
+// Whether a sample is small enough to be passed from thread to thread.
+inline bool is_small(const PixelJob& job) {
+  constexpr size_t kMostElements = size_t{1} << 15;
+  return job.shape.channels_in * job.shape.num_in() <= kMostElements;
+}
 
-// make(sample, rows, made, parallel); needs(task), a range of rows; products(task, sample, made).
-// Each thread makes of a small sample what it needs: to pass it from core to core, and to wait for
-// that, takes longer.
-template <typename Make, typename Needs, typename Products>
-void run_pixel_sample(const PixelJob& job, const PixelPlan& plan, const float* src,
-                      const ConvTarget& dst, size_t i, const Parallel& parallel, const Make& make,
-                      const Needs& needs, const Products& products) {
-  constexpr size_t kSmallSample = size_t{1} << 15;  // elements
-  const size_t size = job.shape.channels_in * job.shape.num_in();
-  const auto quantizer = [&](const Parallel& of) {
-    return sample_quantizer(job.op, job.shape, src + i * size, of);
+// A sample of which each thread rounds some channels, passes them to the others, and makes some
+// channels of output: planes are read and written whole. Of parts of planes, cores would ask ahead
+// for lines of each other. The two ways, as Way:
+//   panels()                                           as they are passed on
+//   num_rows                                           of output, or strips of pixels
+//   make(sample, channels, made)                       pixels to dwords
+//   multiply(sample, made, rows, channels, expanded)   of a block
+template <typename Way>
+void run_small_sample(const PixelJob& job, const Way& way, const float* src, const ConvTarget& dst,
+                      size_t i, const Parallel& parallel) {
+  constexpr size_t kUnit = kTileN / 2;            // channels of output
+  constexpr size_t kLeastWork = size_t{1} << 18;  // products that are worth a thread
+  const ConvShape& shape = job.shape;
+  const size_t quads = shape.channels_in / kTileK, units = ceil_div(shape.channels_out, kUnit);
+  const size_t work = shape.num_out() * shape.channels_out * job.op.weight->k;
+  const size_t most = std::min({quads, units, std::max<size_t>(2, work / kLeastWork)});
+  const PassedPanels panels = way.panels();
+  const size_t rows = way.num_rows, bytes = panels.bytes();
+  const float* floats = src + i * shape.channels_in * shape.num_in();
+  layer_scratch().reset(Scratch::room<uint8_t>(bytes));
+  uint8_t* passed = layer_scratch().take<uint8_t>(bytes);
+  AfpqRange ranges[Share::kMost] = {};
+  const auto channels = [&](const Share& share) {
+    return PixelRange{share.begin(quads) * kTileK, share.end(quads) * kTileK};
   };
-  if (size > kSmallSample) {
-    layer_scratch().reset(Scratch::room<uint8_t>(plan.bytes));
-    uint8_t* made = layer_scratch().take<uint8_t>(plan.bytes);
-    const RowQuantizer shared = quantizer(parallel);
-    const PixelSample sample = pixel_sample(job, src, dst, i, shared);
-    make(sample, PixelRange{0, plan.rows}, made, parallel);
-    return parallel_for(parallel, plan.tasks, [&](size_t task) { products(task, sample, made); });
-  }
-  const uint64_t call = OwnSample::next_call();
-  parallel_for(parallel, plan.tasks, [&](size_t task) {
-    OwnSample& own = OwnSample::of_call(call, plan.bytes);
-    if (own.empty()) own.quantizer = quantizer(serial());
-    const PixelSample sample = pixel_sample(job, src, dst, i, own.quantizer);
-    own.add(needs(task), [&](const PixelRange& rows) { make(sample, rows, own.made(), serial()); });
-    products(task, sample, own.made());
-  });
+  const auto quantizer = [&] {
+    return row_quantizer(job.op.rounding, widest(ranges, Share::kMost));
+  };
+  // Of a thread: what it has made stays until it is used.
+  const auto own = [&] {
+    strip_scratch().reset(Scratch::room<uint8_t>(bytes));
+    return strip_scratch().take<uint8_t>(bytes);
+  };
+  const auto look = [&](const Share& share) {
+    const PixelRange of = channels(share);
+    job.op.kernels->range_f32(floats + of.begin * shape.num_in(),
+                              (of.end - of.begin) * shape.num_in(), &ranges[share.index]);
+  };
+  const auto make = [&](const Share& share, bool alone) {
+    const RowQuantizer rounding = quantizer();
+    uint8_t* made = own();
+    way.make(pixel_sample(job, src, dst, i, rounding), channels(share), made);
+    if (!alone) panels.pass(made, channels(share), passed);
+  };
+  const auto receive = [&](const Share& share) { panels.receive(passed, channels(share), own()); };
+  const auto use = [&](const Share& share) {
+    const RowQuantizer rounding = quantizer();
+    const PixelSample sample = pixel_sample(job, src, dst, i, rounding);
+    const uint8_t* made = own();
+    task_scratch().reset(Scratch::room<uint8_t>(job.block_bytes));
+    uint8_t* expanded = task_scratch().take<uint8_t>(job.block_bytes);
+    // Where units do not come out even, the rows of some are shared.
+    const size_t begin = share.begin(units * rows), end = share.end(units * rows);
+    size_t block = ~size_t{0};
+    for (size_t unit = begin / rows; unit * rows < end;) {
+      const size_t first = std::max(begin, unit * rows) - unit * rows;
+      const size_t last = std::min(end - unit * rows, rows);
+      if (block != unit * kUnit / kTileN) {
+        block = unit * kUnit / kTileN;
+        expand_pixel_block(job, block, expanded);
+      }
+      // Both units of a block together, if all of them is to be made.
+      const bool both = unit % 2 == 0 && first == 0 && (unit + 2) * rows <= end;
+      const size_t next = unit + (both ? 2 : 1);
+      way.multiply(sample, made, {first, last},
+                   {unit * kUnit, std::min(shape.channels_out, next * kUnit)}, expanded);
+      unit = next;
+    }
+  };
+  run_together(parallel, most, look, make, receive, use);
 }
 
 }  // namespace afpq

@@ -255,6 +255,13 @@ void round_strip(const Conv& op, const ConvShape& shape, const Floats& src, uint
                                         src.channel_stride, &quantize);
 }
 
+// So many that there are some parts for each of a few threads: what a thread makes should be whole
+// planes, as in `run_small_sample`.
+size_t planes_of_part(size_t channels, size_t batch) {
+  constexpr size_t kLeastParts = 4;
+  return std::min<size_t>(kTileN, ceil_div(channels, ceil_div(kLeastParts, batch)));
+}
+
 }  // namespace
 
 PlanarEnd::PlanarEnd(const Conv& op, size_t channels, bool to_bytes)
@@ -274,8 +281,9 @@ void conv_planar(const Conv& op, const ConvShape& shape, const float* src, size_
   const bool to_bytes = dst.bytes != nullptr;
   const PlanarEnd end(op, shape.channels_out, to_bytes);
   // A part is a group, or a block of groups of one channel; an item is a strip of one, or of all.
-  const size_t part =
-      shape.group_out() == 1 ? std::min<size_t>(kTileN, shape.channels_out) : shape.group_out();
+  const size_t part = shape.group_out() > 1 ? shape.group_out()
+                      : to_bytes            ? std::min<size_t>(kTileN, shape.channels_out)
+                                            : planes_of_part(shape.channels_out, batch);
   const size_t channels = to_bytes ? shape.channels_out : part;
   const Strips strips = strips_of(shape, batch, channels, to_bytes);
   const size_t items = ceil_div(shape.channels_out, channels) * strips.count;

@@ -234,7 +234,7 @@ Parallel KernelContext::parallel() {
                                              size_t, size_t, void*)>(context->api_, kParallelFor);
             check(context->api_, run(context->context_, task, total, 0, user), "parallel for");
           },
-          this};
+          this, crew_};
 }
 
 }  // namespace afpq::ort

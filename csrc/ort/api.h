@@ -64,7 +64,9 @@ class KernelInfo {
 // What a kernel's compute reads and writes.
 class KernelContext {
  public:
-  KernelContext(const OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {}
+  // crew: of the kernel.
+  KernelContext(const OrtApi* api, OrtKernelContext* context, Crew* crew)
+      : api_(api), context_(context), crew_(crew) {}
 
   // data is null when an optional input is absent.
   Tensor input(size_t index) const;
@@ -79,6 +81,7 @@ class KernelContext {
 
   const OrtApi* api_;
   OrtKernelContext* context_;
+  Crew* crew_;
 };
 
 }  // namespace afpq::ort

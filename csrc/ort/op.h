@@ -32,6 +32,7 @@ struct Instance {
   const OrtApi* api;
   std::string where;  // "afpq.MatMul node 'name'"
   std::unique_ptr<Kernel> kernel;
+  Crew crew;
 };
 
 template <typename Kernel>
@@ -74,7 +75,7 @@ OrtCustomOp make_op() {
   op.KernelComputeV2 = [](void* self, OrtKernelContext* raw) -> OrtStatus* {
     auto* instance = static_cast<Instance<Kernel>*>(self);
     return guarded(instance->api, instance->where, [&] {
-      KernelContext context(instance->api, raw);
+      KernelContext context(instance->api, raw, &instance->crew);
       instance->kernel->compute(context);
     });
   };
