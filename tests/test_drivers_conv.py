@@ -66,7 +66,7 @@ SHAPES = [
 ]
 
 
-# Of which threads share what is rounded before the products.
+# Of which threads share what is rounded before the products; of the last ones they pass channels to each other.
 LARGE = [
     (16, 20, 1, (1, 64, 40), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 64, 40)),
     (12, 24, 1, (1, 70, 60), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 35, 30)),
@@ -75,6 +75,10 @@ LARGE = [
     (3, 20, 1, (1, 75, 66), (1, 7, 7), (1, 2, 2), (1, 1, 1), (0, 3, 3), (1, 38, 33)),
     (3, 66, 1, (1, 60, 80), (1, 5, 5), (1, 1, 3), (1, 1, 2), (0, 2, 4), (1, 60, 25)),
     (2, 18, 1, (6, 24, 30), (3, 5, 3), (2, 1, 1), (1, 2, 1), (1, 4, 1), (3, 24, 30)),
+    (32, 48, 1, (1, 16, 16), (1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 16, 16)),
+    (28, 72, 1, (1, 23, 21), (1, 3, 3), (1, 2, 2), (1, 1, 1), (0, 1, 1), (1, 12, 11)),
+    (64, 120, 1, (1, 16, 31), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 16, 31)),
+    (40, 24, 1, (1, 21, 30), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 21, 30)),
 ]
 
 
@@ -118,7 +122,7 @@ def test_conv_equals_its_definition_on_every_isa(shape, text, activations):
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
 def test_threads_share_a_single_sample(shape, activations):
     # Small samples of a batch are shared out whole instead.
-    check_conv(shape, "e2m2", activations, samples=1, threads=(1, 2, 3))
+    check_conv(shape, "e2m2", activations, samples=1, threads=(1, 2, 3, 7))
 
 
 @pytest.mark.parametrize("depthwise", [False, True])

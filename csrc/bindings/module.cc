@@ -9,6 +9,7 @@ NB_MODULE(_core, module) {
   bind_kernels(module);
   bind_rounding(module);
   bind_drivers(module);
+  bind_together(module);
   bind_probes(module);
   bind_train(module);
 }

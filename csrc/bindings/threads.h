@@ -17,7 +17,7 @@ namespace afpq {
 class Threads {
  public:
   // At most `count` threads, the calling one included. None is started before there is work for it.
-  explicit Threads(size_t count) : count_(count) {}
+  explicit Threads(size_t count) : count_(count) { crew_.came(count); }
   Threads(const Threads&) = delete;
   Threads& operator=(const Threads&) = delete;
 

@@ -19,6 +19,7 @@ namespace {
 constexpr size_t kTaskWork = size_t{1} << 18;    // products that are worth a task
 constexpr size_t kChunkPixels = 4 * kBlockRows;  // whose sums are made at a time
 constexpr size_t kStripBytes = size_t{48} << 10;
+constexpr size_t kManyPixels = 128;  // that are worth two strips
 
 // How the outputs of a plane are cut: into strips of `lines` lines and `columns` columns, and those
 // into chunks of whole lines. Either all columns are in a strip, or it is one line.
@@ -40,6 +41,10 @@ struct Strips {
       lines += chunk_lines;
     }
     lines = std::min(lines, shape.out[1]);
+    // Pixels, not channels, are shared out, as in the layers around.
+    size_t strips = ceil_div(shape.out[1], lines);
+    if (columns == shape.out[2] && shape.num_out() >= kManyPixels) strips += strips % 2;
+    lines = ceil_div(shape.out[1], strips);
     in_lines = reach(shape, 1, lines);
     per_line = ceil_div(shape.out[2], columns);
     per_plane = ceil_div(shape.out[1], lines) * per_line;
@@ -196,7 +201,8 @@ void depthwise(const GemmJob& job, const ConvShape& shape, const Parallel& paral
   const Strips strips(shape);
   const size_t panels = ceil_div(job.n, kPanelN);
   const size_t work = strips.lines * strips.columns * kPanelN * shape.num_taps();
-  const size_t step = std::max<size_t>(1, kTaskWork / work);
+  const size_t step =
+      std::clamp<size_t>(kTaskWork / work, 1, std::max<size_t>(1, strips.count / 2));
   const size_t splits = ceil_div(strips.count, step);
   parallel_for(parallel, panels * splits, [&](size_t task) {
     const size_t begin = task / panels * step;

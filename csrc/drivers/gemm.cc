@@ -10,6 +10,7 @@ namespace {
 
 constexpr size_t kPointers = 1024;  // to rows, at a time: 8 KB
 constexpr size_t kLeastRows = 24;   // of a task, for a panel to be worth its expansion
+constexpr size_t kFewSteps = 128;   // of k, for writing outputs to take longer than an expansion
 
 size_t tap_tiles(const GemmJob& job) { return job.weight->num_tiles / job.lhs.num_taps(); }
 
@@ -349,7 +350,10 @@ void gemm_of(const GemmJob& job, const Parallel& parallel) {
   // Splits of rows differ by a block at most, or by a tile where there are few; an even number of
   // them suits two threads.
   const bool odd = panels % 2 && panels < job.num_tasks && job.num_tasks > 1;
-  const size_t most = std::max<size_t>(odd ? 2 : 1, job.num_tasks / panels);
+  // Where little is computed for each line that is written, threads should have lines of their own,
+  // and of the rows that the next layer reads: halves of rows share lines.
+  const bool by_rows = job.byte_rows.bytes && job.num_tasks > 1 && job.weight->k <= kFewSteps;
+  const size_t most = std::max<size_t>(odd || by_rows ? 2 : 1, job.num_tasks / panels);
   size_t splits = std::clamp<size_t>(job.m / kLeastRows, 1, most);
   if (splits > 1 && odd) splits += splits % 2;
   const size_t unit = job.m < 2 * splits * kBlockRows ? size_t{kMaxRows} : kBlockRows;

@@ -22,6 +22,7 @@ struct Lanes {
 
   explicit Lanes(const ConvShape& shape)
       : rows(shape.num_reached(1)), columns(shape.num_reached(2)) {
+    taps.reserve(shape.num_taps());
     for (size_t ky = 0; ky < shape.kernel[1]; ++ky) {
       for (size_t kx = 0; kx < shape.kernel[2]; ++kx) {
         const size_t row = ky * shape.dilations[1], column = kx * shape.dilations[2];

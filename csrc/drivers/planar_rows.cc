@@ -14,27 +14,40 @@ namespace {
 
 constexpr size_t kStripElements = 7168;  // of input rows: 28 KB
 
-// A strip is `height` output rows (less at the end) at one depth.
+// A strip is so many output rows at one depth, in parts of so many blocks of 16 channels: planes of
+// floats are best written whole, as in `run_small_sample`.
 struct Strips {
+  size_t blocks;  // of a part, less at the end
+  size_t parts;
   size_t planes;  // input rows come from so many (channel, tap in depth)
   size_t width;   // of an input row, with its padding
-  size_t height;
-  size_t rows;  // input rows of a strip in one plane
+  size_t height;  // the most
+  size_t rows;    // input rows of a strip in one plane
   size_t per_depth;
   size_t count;  // of a sample
 
-  Strips(const ConvShape& shape, size_t batch) {
+  Strips(const ConvShape& shape, size_t batch, bool to_bytes) {
+    constexpr size_t kFewParts = 2;
+    const size_t all = ceil_div(shape.channels_out, kTileN);
+    blocks = to_bytes ? all : std::min<size_t>(ceil_div(all, kFewParts), kPanelBlocks);
+    parts = ceil_div(all, blocks);
     planes = shape.channels_in * shape.kernel[0];
     width = shape.num_reached(2);
     const size_t fitting = kStripElements / (planes * width);
     height = fitting > shape.reach(1) ? (fitting - shape.reach(1) - 1) / shape.strides[1] + 1 : 1;
     height = std::min(height, shape.out[1]);
-    height = strip_height(
-        height, batch * shape.out[0] * ceil_div(shape.out[1], height),
-        height * shape.out[2] * shape.channels_out * shape.num_taps() * shape.channels_in, 1);
-    rows = (height - 1) * shape.strides[1] + shape.reach(1) + 1;
+    height = strip_height(height, batch * shape.out[0] * ceil_div(shape.out[1], height) * parts,
+                          height * shape.out[2] * ceil_div(shape.channels_out, parts) *
+                              shape.num_taps() * shape.channels_in,
+                          1);
     per_depth = ceil_div(shape.out[1], height);
+    height = ceil_div(shape.out[1], per_depth);
+    rows = (height - 1) * shape.strides[1] + shape.reach(1) + 1;
     count = shape.out[0] * per_depth;
+  }
+  // The first row of strip `index` of a depth, or the end.
+  size_t row(const ConvShape& shape, size_t index) const {
+    return shape.out[1] * index / per_depth;
   }
 };
 
@@ -43,10 +56,10 @@ struct Workspace {
   float* rows;     // [planes][rows][width]
   size_t* taps;    // [k], as elements of `rows`
   size_t* pixels;  // [height * columns], the same
-  float* weights;  // [num_blocks][4 * num_tiles][16]
+  float* weights;  // [strips.blocks][4 * num_tiles][16]
   float* sums;     // [kBlockRows][kPanelN]
 
-  Workspace(const Conv& op, const ConvShape& shape, const Strips& strips) {
+  Workspace(const Conv& op, const ConvShape& shape, const Strips& strips, size_t first_block) {
     using S = Scratch;
     const PackedWeight& weight = *op.weight;
     const size_t num_rows = strips.planes * strips.rows * strips.width;
@@ -54,21 +67,22 @@ struct Workspace {
     Scratch& scratch = task_scratch();
     const size_t num_pixels = strips.height * shape.out[2];
     scratch.reset(S::room<float>(num_rows) + S::room<size_t>(weight.k) +
-                  S::room<size_t>(num_pixels) + S::room<float>(weight.num_blocks * block) +
+                  S::room<size_t>(num_pixels) + S::room<float>(strips.blocks * block) +
                   S::room<float>(kBlockRows * kPanelN));
     rows = scratch.take<float>(num_rows);
     taps = scratch.take<size_t>(weight.k);
     pixels = scratch.take<size_t>(num_pixels);
-    weights = scratch.take<float>(weight.num_blocks * block);
+    weights = scratch.take<float>(strips.blocks * block);
     sums = scratch.take<float>(kBlockRows * kPanelN);
     list_taps(shape, strips);
     for (size_t i = 0; i < num_pixels; ++i) {
       pixels[i] =
           i / shape.out[2] * shape.strides[1] * strips.width + i % shape.out[2] * shape.strides[2];
     }
-    for (size_t b = 0; b < weight.num_blocks; ++b) {
+    const size_t last = std::min(first_block + strips.blocks, weight.num_blocks);
+    for (size_t b = first_block; b < last; ++b) {
       op.kernels->expand_f32_afp(weight.block(b), weight.num_tiles, weight.format.bits(),
-                                 weight.tables.value, weights + b * block);
+                                 weight.tables.value, weights + (b - first_block) * block);
     }
   }
 
@@ -154,9 +168,10 @@ void store_bytes(const Conv& op, const PlanarEnd& end, const Outputs& dst, size_
   op.kernels->store_u8_f32(&store);
 }
 
-// The first `count` pixels of a strip.
+// Channels [begin, last) of the first `count` pixels of a strip.
 void finish_strip(const Conv& op, const ConvShape& shape, const PlanarEnd& end,
-                  const Workspace& work, size_t count, const Outputs& dst) {
+                  const Workspace& work, size_t count, size_t begin, size_t last,
+                  const Outputs& dst) {
   static constexpr float kZeros[kPanelN] = {};
   AfpqPlanarRows args = {};
   args.src = work.rows;
@@ -167,11 +182,11 @@ void finish_strip(const Conv& op, const ConvShape& shape, const PlanarEnd& end,
   for (size_t first = 0; first < count; first += kBlockRows) {
     args.pixels = work.pixels + first;
     args.num_pixels = std::min(kBlockRows, count - first);
-    for (size_t c = 0; c < shape.channels_out; c += kPanelN) {
-      args.weights = work.weights + c * op.weight->num_tiles * kTileK;
+    for (size_t c = begin; c < last; c += kPanelN) {
+      args.weights = work.weights + (c - begin) * op.weight->num_tiles * kTileK;
       args.scales = end.scales + c;
       args.bias = end.bias ? end.bias + c : kZeros;
-      args.num_channels = std::min<size_t>(kPanelN, shape.channels_out - c);
+      args.num_channels = std::min<size_t>(kPanelN, last - c);
       op.kernels->planar_rows_f32(&args);
       if (dst.bytes) {
         store_bytes(op, end, dst, first, c, args, shape.channels_out);
@@ -186,13 +201,17 @@ void finish_strip(const Conv& op, const ConvShape& shape, const PlanarEnd& end,
 
 void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, size_t batch,
                       const ConvTarget& dst, const Parallel& parallel) {
-  const Strips strips(shape, batch);
+  const Strips strips(shape, batch, dst.bytes != nullptr);
   const PlanarEnd end(op, shape.channels_out, dst.bytes != nullptr);
-  parallel_for(parallel, batch * strips.count, [&](size_t task) {
-    const Workspace work(op, shape, strips);
-    const size_t sample = task / strips.count, strip = task % strips.count;
-    const size_t z = strip / strips.per_depth, y = strip % strips.per_depth * strips.height;
-    const size_t num_rows = std::min(strips.height, shape.out[1] - y);
+  const size_t items = strips.parts * strips.count;
+  parallel_for(parallel, batch * items, [&](size_t task) {
+    const size_t sample = task / items, strip = task % strips.count;
+    const size_t block = task % items / strips.count * strips.blocks;
+    const size_t channel = block * kTileN;
+    const size_t last = std::min(shape.channels_out, channel + strips.blocks * kTileN);
+    const Workspace work(op, shape, strips, block);
+    const size_t z = strip / strips.per_depth, y = strips.row(shape, strip % strips.per_depth);
+    const size_t num_rows = strips.row(shape, strip % strips.per_depth + 1) - y;
     const size_t pixel = (z * shape.out[1] + y) * shape.out[2];
     const size_t at = sample * shape.channels_out * shape.num_out();
     copy_strip(shape, strips, z, y, src + sample * shape.channels_in * shape.num_in(), work.rows);
@@ -203,7 +222,7 @@ void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, 
       to.floats = dst.floats + at + pixel;
       to.residual = dst.float_residual ? dst.float_residual + at + pixel : nullptr;
     }
-    finish_strip(op, shape, end, work, num_rows * shape.out[2], to);
+    finish_strip(op, shape, end, work, num_rows * shape.out[2], channel, last, to);
   });
 }
 
