@@ -75,9 +75,10 @@ struct Workspace {
     weights = scratch.take<float>(strips.blocks * block);
     sums = scratch.take<float>(kBlockRows * kPanelN);
     list_taps(shape, strips);
-    for (size_t i = 0; i < num_pixels; ++i) {
-      pixels[i] =
-          i / shape.out[2] * shape.strides[1] * strips.width + i % shape.out[2] * shape.strides[2];
+    size_t* pixel = pixels;
+    for (size_t y = 0; y < strips.height; ++y) {
+      for (size_t x = 0; x < shape.out[2]; ++x)
+        *pixel++ = y * shape.strides[1] * strips.width + x * shape.strides[2];
     }
     const size_t last = std::min(first_block + strips.blocks, weight.num_blocks);
     for (size_t b = first_block; b < last; ++b) {
