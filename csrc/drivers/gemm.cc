@@ -356,7 +356,7 @@ void gemm_of(const GemmJob& job, const Parallel& parallel) {
   const size_t most = std::max<size_t>(odd || by_rows ? 2 : 1, job.num_tasks / panels);
   size_t splits = std::clamp<size_t>(job.m / kLeastRows, 1, most);
   if (splits > 1 && odd) splits += splits % 2;
-  const size_t unit = job.m < 2 * splits * kBlockRows ? size_t{kMaxRows} : kBlockRows;
+  const size_t unit = job.m < 4 * splits * kBlockRows ? size_t{kMaxRows} : kBlockRows;
   const size_t units = ceil_div(job.m, unit);
   const auto row = [&](size_t split) { return std::min(split * units / splits * unit, job.m); };
   parallel_for(parallel, panels * splits, [&](size_t task) {
