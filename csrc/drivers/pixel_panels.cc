@@ -1,4 +1,5 @@
-// 1x1 convolutions with pixels in the lanes.
+// 1x1 convolutions with pixels in the lanes. Small samples are shared out as in `run_small_sample`;
+// of others:
 //
 //   many strips: for each strip of pixels: round it to a panel, multiply that by all blocks of 16
 //                channels, which are expanded before                                     parallel

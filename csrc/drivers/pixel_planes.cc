@@ -1,4 +1,5 @@
-// Convolutions of taps with pixels in the lanes.
+// Convolutions of taps with pixels in the lanes. Small samples are shared out as in
+// `run_small_sample`; of others:
 //
 //   the sample is rounded to planes of dwords with padding around them     parallel over rows
 //   for each chunk of blocks of 16 channels and of rows: expand, multiply            parallel

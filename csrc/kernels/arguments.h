@@ -165,7 +165,9 @@ typedef struct AfpqPixels {
   const size_t* taps;
   size_t num_taps;  // of as many groups each
   size_t pixel_stride;
-  const void* rhs;  // [num_tiles] of one block of 16 channels, as expand_s8_afp or expand_s16_afp
+  // [num_tiles] of one block of 16 channels, as expand_s8_afp or expand_s16_afp, from the first of
+  // these channels on.
+  const void* rhs;
   const void* rhs_high;  // the same of the high plane, or null
   size_t num_tiles;      // of all taps, num_taps divides it
   size_t num_pixels;     // 1..kMostPixels
