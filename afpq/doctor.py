@@ -158,10 +158,12 @@ class LineTimes(NamedTuple):
     own: float  # written, and no other core has it
     read: float  # read behind the core that wrote it
     shared: float  # written when both cores have read it
+    halves: float  # written and read again by the same core, beside lines of the other: half of 24 lines each
+    apart: float  # the same where each core has 24 lines
 
 
 def line_times() -> LineTimes:
-    """Medians over 16 KB that two threads pass to each other.
+    """Medians over 16 KB that two threads pass to each other, and over 144 KB of which each has a half.
 
     Raises:
         AfpqError: this process may use only one processor, or start no thread.
@@ -171,7 +173,8 @@ def line_times() -> LineTimes:
     if _num_processors() < 2:
         raise AfpqError("there is only one processor")
     try:
-        return LineTimes(*_core.time_lines(256, 4000))
+        halves, apart = (_core.time_halves(96, 24, whole, 1000) for whole in (False, True))
+        return LineTimes(*_core.time_lines(256, 4000), halves, apart)
     except RuntimeError as error:
         raise AfpqError(f"no second thread: {error}") from error
 
@@ -184,8 +187,11 @@ def _num_processors() -> int:
 
 
 def _lines_between_cores() -> str:
-    own, read, shared = (1e9 * seconds for seconds in line_times())
-    return f"{own:.1f} ns to write a line, {read:.1f} to read it elsewhere, {shared:.1f} to write it behind both"
+    own, read, shared, halves, apart = (1e9 * seconds for seconds in line_times())
+    return (
+        f"{own:.1f} ns to write a line, {read:.1f} to read it elsewhere, {shared:.1f} to write it behind both, "
+        f"{halves:.1f} beside lines of the other core, {apart:.1f} apart from them"
+    )
 
 
 _N, _ROWS = 512, 256  # of a layer that fits the caches

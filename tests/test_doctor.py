@@ -71,6 +71,14 @@ def test_lines_between_cores_need_two_processors_and_a_thread(monkeypatch):
         module.line_times()
 
 
+def test_halves_are_timed_of_even_numbers():
+    with pytest.raises(ValueError, match="must be even"):
+        _core.time_halves(3, 2, True, 1)
+    with pytest.raises(ValueError, match="must be positive"):
+        _core.time_halves(2, 0, True, 1)
+    assert _core.time_halves(2, 2, False, 3) > 0
+
+
 def test_a_library_that_does_not_load_is_a_failed_check(monkeypatch):
     def fail() -> str:
         raise RuntimeUnavailableError("libafpq_ort.so is missing")

@@ -112,6 +112,59 @@ std::tuple<double, double, double> time_lines(size_t count, size_t rounds) {
   return {median(&own) * per_line, median(&read) * per_line, median(&shared) * per_line};
 }
 
+// Two threads that meet again and again.
+class Meetings {
+ public:
+  void meet() {
+    const size_t all = (arrived_.fetch_add(1) / 2 + 1) * 2;
+    for (size_t looks = 0; arrived_.load(std::memory_order_acquire) < all; ++looks) {
+      if (looks >= kPatience) std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr size_t kPatience = size_t{1} << 16;  // looks before others get the processor
+  alignas(64) std::atomic<size_t> arrived_{0};
+};
+
+// Median seconds a line of `runs` times `length` lines, of which two threads write and read the
+// same halves again and again, at the same time: a half of each run, or half of the runs.
+double time_halves(size_t runs, size_t length, bool whole_runs, size_t rounds) {
+  require(runs > 0 && length > 0 && rounds > 0, "runs, length and rounds must be positive");
+  require(runs % 2 == 0 && length % 2 == 0, "runs and length must be even");
+  const size_t count = whole_runs ? runs / 2 : runs, size = whole_runs ? length : length / 2;
+  struct alignas(64) Words {
+    uint64_t words[8];
+  };
+  std::vector<Words> lines(runs * length);  // no thread reads what the other writes
+  std::vector<double> seconds(rounds);
+  Meetings meetings;
+  const auto work = [&](size_t thread) {
+    uint64_t all = 0;
+    const auto each = [&](const auto& body) {
+      Words* first = lines.data() + thread * (whole_runs ? count * length : size);
+      for (size_t run = 0; run < count; ++run, first += length) {
+        for (size_t i = 0; i < size; ++i) body(first[i]);
+      }
+    };
+    for (size_t r = 0; r < rounds; ++r) {
+      meetings.meet();
+      const auto start = Clock::now();
+      each([&](Words& line) { std::fill_n(line.words, 8, r | all); });
+      std::atomic_thread_fence(std::memory_order_seq_cst);  // until all are written
+      if (thread == 0) seconds[r] = seconds_since(start);
+      meetings.meet();
+      uint64_t read = 0;
+      each([&](const Words& line) { read |= line.words[r % 8]; });
+      all = read;
+    }
+  };
+  std::thread other(work, 1);
+  work(0);
+  other.join();
+  return median(&seconds) / static_cast<double>(count * size);
+}
+
 }  // namespace
 
 void bind_probes(nb::module_& module) {
@@ -120,4 +173,8 @@ void bind_probes(nb::module_& module) {
   module.def("time_lines", time_lines, "count"_a, "rounds"_a,
              nb::call_guard<nb::gil_scoped_release>(),
              "Seconds a line: written, read behind another core, written behind two that read.");
+  module.def("time_halves", time_halves, "runs"_a, "length"_a, "whole_runs"_a, "rounds"_a,
+             nb::call_guard<nb::gil_scoped_release>(),
+             "Seconds a line written by one of two threads that write and read halves of runs of "
+             "lines, or half of the runs.");
 }
