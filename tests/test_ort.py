@@ -144,7 +144,7 @@ def test_conv_equals_the_float_op_with_decoded_weights(channels, attributes, spa
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 4])
 def test_runs_at_the_same_time_do_not_disturb_each_other(threads, kernel):
     rng = np.random.default_rng(kernel)
     _, tensors = weight_tensors(

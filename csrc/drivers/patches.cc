@@ -45,20 +45,6 @@ PaddedInput::PaddedInput(const ConvShape& shape) : channels(shape.channels_in) {
   for (int axis = 0; axis < 3; ++axis) extent[axis] = shape.num_reached(axis);
 }
 
-void copy_line(const ConvShape& shape, const float* src, size_t channels, size_t z, size_t y,
-               float padding, float* dst) {
-  const auto outside = [&](size_t at, int axis) { return at - shape.pads[axis] >= shape.in[axis]; };
-  const size_t width = shape.num_reached(2);
-  if (outside(z, 0) || outside(y, 1)) return std::fill(dst, dst + width * channels, padding);
-  const size_t line = (z - shape.pads[0]) * shape.in[1] + y - shape.pads[1];
-  const size_t begin = std::min(shape.pads[2], width);
-  const size_t count = std::min(shape.in[2], width - begin);
-  float* middle = dst + begin * channels;
-  std::fill(dst, middle, padding);
-  std::memcpy(middle, src + line * shape.in[2] * channels, count * channels * sizeof(float));
-  std::fill(middle + count * channels, dst + width * channels, padding);
-}
-
 template <typename T>
 void gather_patches(const ConvShape& shape, const T* padded, size_t row, T* dst) {
   const PaddedInput input(shape);

@@ -15,11 +15,6 @@ struct PaddedInput {
   size_t num_elements() const { return extent[0] * extent[1] * extent[2] * channels; }
 };
 
-// One line of an input [in...][channels] with its padding: num_reached(2) pixels. z and y count
-// from where the padding begins.
-void copy_line(const ConvShape& shape, const float* src, size_t channels, size_t z, size_t y,
-               float padding, float* dst);
-
 // Bytes that may be read behind a padded input, and written behind patches.
 constexpr size_t kPatchSlack = 32;
 

@@ -63,16 +63,15 @@ struct Workspace {
   }
 };
 
-// Pixels between the padding, which all blocks of a task share: `copy_line`, which fills it every
-// time, would take longer.
-void pad_pixels(const ConvShape& shape, const Lanes& lanes, const Workspace& work) {
+// Pixels between the padding, which all blocks of a task share.
+void pad_pixels(const AfpqKernels& kernels, const ConvShape& shape, const Lanes& lanes,
+                const Workspace& work) {
   const size_t top = shape.pads[1], left = shape.pads[2];
-  if (left >= lanes.columns) return;
+  if (top >= lanes.rows || left >= lanes.columns) return;
   const size_t width = std::min(shape.in[2], lanes.columns - left) * kTileN;
-  for (size_t y = 0; y < shape.in[1] && top + y < lanes.rows; ++y) {
-    const float* from = work.pixels + y * shape.in[2] * kTileN;
-    std::copy(from, from + width, work.padded + ((top + y) * lanes.columns + left) * kTileN);
-  }
+  kernels.pick_f32(work.pixels, shape.in[2] * kTileN, 1, std::min(shape.in[1], lanes.rows - top),
+                   width, lanes.columns * kTileN,
+                   work.padded + (top * lanes.columns + left) * kTileN);
 }
 
 // A block of 16 channels. src, dst: their planes; residual: of the results, or null.
@@ -83,7 +82,7 @@ void run_block(const Conv& op, const ConvShape& shape, const Lanes& lanes, size_
   op.kernels->expand_f32_afp(weight.block(block), weight.num_tiles, weight.format.bits(),
                              weight.tables.value, work.weights);
   op.kernels->transpose_f32(src, shape.num_in(), kTileN, shape.num_in(), work.pixels);
-  pad_pixels(shape, lanes, work);
+  pad_pixels(*op.kernels, shape, lanes, work);
   AfpqDepthwise args = {};
   args.src = work.padded;
   args.taps = lanes.taps.data();

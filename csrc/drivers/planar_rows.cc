@@ -7,7 +7,6 @@
 #include "core/scratch.h"
 #include "drivers/conv_paths.h"
 #include "drivers/panel.h"
-#include "drivers/patches.h"
 
 namespace afpq {
 namespace {
@@ -105,13 +104,27 @@ struct Workspace {
 };
 
 // The input rows of the strip that begins at (z, y). src: a sample.
-void copy_strip(const ConvShape& shape, const Strips& strips, size_t z, size_t y, const float* src,
-                float* dst) {
+void copy_strip(const AfpqKernels& kernels, const ConvShape& shape, const Strips& strips, size_t z,
+                size_t y, const float* src, float* dst) {
+  // Rows [begin, end) of those that the strip reads are in the input.
+  const size_t first = y * shape.strides[1], pad = shape.pads[1];
+  const size_t begin = std::min(pad > first ? pad - first : 0, strips.rows);
+  const size_t end =
+      std::clamp(shape.in[1] + pad > first ? shape.in[1] + pad - first : 0, begin, strips.rows);
+  const size_t left = std::min(shape.pads[2], strips.width);
+  const size_t count = std::min(shape.in[2], strips.width - left);
+  const size_t plane = strips.rows * strips.width;
   for (size_t c = 0; c < shape.channels_in; ++c, src += shape.num_in()) {
-    for (size_t kz = 0; kz < shape.kernel[0]; ++kz) {
-      const size_t depth = z * shape.strides[0] + kz * shape.dilations[0];
-      for (size_t r = 0; r < strips.rows; ++r, dst += strips.width)
-        copy_line(shape, src, 1, depth, y * shape.strides[1] + r, 0.0f, dst);
+    for (size_t kz = 0; kz < shape.kernel[0]; ++kz, dst += plane) {
+      const size_t depth = z * shape.strides[0] + kz * shape.dilations[0] - shape.pads[0];
+      if (depth >= shape.in[0]) {
+        std::fill(dst, dst + plane, 0.0f);
+        continue;
+      }
+      fill_around_rows(dst, 0, plane, begin, end, strips.width, left, count, 0.0f);
+      if (begin == end) continue;
+      kernels.pick_f32(src + (depth * shape.in[1] + first + begin - pad) * shape.in[2], shape.in[2],
+                       1, end - begin, count, strips.width, dst + begin * strips.width + left);
     }
   }
 }
@@ -215,7 +228,8 @@ void conv_planar_rows(const Conv& op, const ConvShape& shape, const float* src, 
     const size_t num_rows = strips.row(shape, strip % strips.per_depth + 1) - y;
     const size_t pixel = (z * shape.out[1] + y) * shape.out[2];
     const size_t at = sample * shape.channels_out * shape.num_out();
-    copy_strip(shape, strips, z, y, src + sample * shape.channels_in * shape.num_in(), work.rows);
+    copy_strip(*op.kernels, shape, strips, z, y, src + sample * shape.channels_in * shape.num_in(),
+               work.rows);
     Outputs to = {};
     if (dst.bytes) {
       to.bytes = dst.bytes + at + pixel * shape.channels_out;
