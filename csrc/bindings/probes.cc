@@ -43,18 +43,21 @@ double time_products(const std::string& isa, size_t calls) {
   return seconds_since(start);
 }
 
+// Looks until others have counted as far; when that takes long, they may have the processor.
+void wait_for(const std::atomic<size_t>& counter, size_t number) {
+  constexpr size_t kPatience = size_t{1} << 16;  // looks
+  for (size_t looks = 0; counter.load(std::memory_order_acquire) < number; ++looks) {
+    if (looks >= kPatience) std::this_thread::yield();
+  }
+}
+
 // Two threads that take turns, each on a core of its own if there are two.
 class Turns {
  public:
-  void wait_for(size_t turn) const {
-    for (size_t looks = 0; turn_.load(std::memory_order_acquire) < turn; ++looks) {
-      if (looks >= kPatience) std::this_thread::yield();
-    }
-  }
+  void wait(size_t turn) const { wait_for(turn_, turn); }
   void end(size_t turn) { turn_.store(turn + 1, std::memory_order_release); }
 
  private:
-  static constexpr size_t kPatience = size_t{1} << 16;  // looks before others get the processor
   alignas(64) std::atomic<size_t> turn_{0};
 };
 
@@ -95,13 +98,13 @@ std::tuple<double, double, double> time_lines(size_t count, size_t rounds) {
   Turns turns;
   std::thread reader([&] {
     for (size_t r = 0; r < rounds; ++r) {
-      turns.wait_for(2 * r + 1);
+      turns.wait(2 * r + 1);
       read[r] = read_lines(lines);
       turns.end(2 * r + 1);
     }
   });
   for (size_t r = 0; r < rounds; ++r) {
-    turns.wait_for(2 * r);
+    turns.wait(2 * r);
     read_lines(lines);
     shared[r] = write_lines(&lines, 2 * r);
     own[r] = write_lines(&lines, 2 * r + 1);
@@ -115,15 +118,9 @@ std::tuple<double, double, double> time_lines(size_t count, size_t rounds) {
 // Two threads that meet again and again.
 class Meetings {
  public:
-  void meet() {
-    const size_t all = (arrived_.fetch_add(1) / 2 + 1) * 2;
-    for (size_t looks = 0; arrived_.load(std::memory_order_acquire) < all; ++looks) {
-      if (looks >= kPatience) std::this_thread::yield();
-    }
-  }
+  void meet() { wait_for(arrived_, (arrived_.fetch_add(1) / 2 + 1) * 2); }
 
  private:
-  static constexpr size_t kPatience = size_t{1} << 16;  // looks before others get the processor
   alignas(64) std::atomic<size_t> arrived_{0};
 };
 

@@ -15,6 +15,8 @@
 
 namespace afpq {
 
+constexpr size_t kLine = 64;  // bytes of a cache
+
 struct Share {
   static constexpr size_t kMost = 8;
   size_t index, count;
@@ -53,7 +55,6 @@ class Meeting {
   }
 
  private:
-  static constexpr size_t kLine = 64;
   static constexpr size_t kPatience = size_t{1} << 10;  // looks: about a microsecond
 
   bool is_claimed(size_t share) const { return claimed_[share].load(std::memory_order_relaxed); }

@@ -111,7 +111,6 @@ void PassedPanels::pass(const uint8_t* made, const PixelRange& channels, uint8_t
 }
 
 void PassedPanels::receive(uint8_t* passed, const PixelRange& channels, uint8_t* made) const {
-  constexpr size_t kLine = 64;
   const size_t begin = channels.begin / job.steps * group_bytes;
   const size_t end = channels.end / job.steps * group_bytes, panel = job.groups() * group_bytes;
   for (size_t p = 0; p < num_panels; ++p, passed += panel, made += panel) {
